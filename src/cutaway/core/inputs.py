@@ -1,0 +1,168 @@
+"""Inputs: what goes into a model, and what each position is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutaway.core.errors import InputError, MismatchError, SiteRangeError
+from cutaway.core.site import Items
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Where the image positions of one image lie in its pixels.
+
+    Attributes:
+        row: row of the batch the image belongs to.
+        positions: token position of each patch, in the padded axis, in the order of ``boxes``.
+        boxes: [patch, 4] left, top, right, bottom of each patch in pixels of the image as given.
+        shape: (rows, columns) of the grid; several grids (tiles) of one image are several PatchGrids.
+    """
+
+    row: int
+    positions: tuple[int, ...]
+    boxes: Tensor
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Token ids, mask, token strings, roles and image patches of a batch.
+
+    Attributes:
+        ids: [batch, pos] token ids.
+        mask: [batch, pos] 1 for real tokens, 0 for padding (either side).
+        tokens: token strings, per row, padding included.
+        roles: "text", "image", "special" or "pad" per row and position.
+        extra: what else the model's forward takes (pixel_values, ...), passed as it is.
+        grids: one PatchGrid per image (or tile) whose positions are known.
+        images: the images as given (PIL), for pictures; may be empty.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    tokens: tuple[tuple[str, ...], ...]
+    roles: tuple[tuple[str, ...], ...]
+    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    grids: tuple[PatchGrid, ...] = ()
+    images: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.mask.shape != self.ids.shape:
+            found = f"ids {list(self.ids.shape)} and mask {list(self.mask.shape)}"
+            raise InputError("inputs", found, "both are [batch, pos]")
+        if not bool(self.mask.any(dim=1).all()):
+            raise InputError("inputs", "a row has no real token", "give every row at least one token")
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of real tokens of each row."""
+        return [int(n) for n in self.mask.sum(dim=1)]
+
+    @property
+    def last(self) -> list[int]:
+        """Padded index of each row's last real token."""
+        return [row[-1] for row in self.real]
+
+    @property
+    def real(self) -> list[list[int]]:
+        """Padded indices of the real tokens, per row."""
+        return [row.nonzero().flatten().tolist() for row in self.mask.cpu()]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row has padding."""
+        return not bool(self.mask.all())
+
+    def select(self, positions: Items | str | None, whole: str = "positions") -> list[list[int]]:
+        """Padded indices that ``positions`` names, per row; every row has the same number of them.
+
+        Raises:
+            SiteRangeError: a position outside a row. MismatchError: a role of unequal counts over the rows.
+        """
+        real = self.real
+        if positions is None:
+            return [list(range(self.ids.shape[1])) for _ in real]
+        if isinstance(positions, str):
+            rows = [
+                [p for p in row if positions == "all" or self.roles[b][p] == positions] for b, row in enumerate(real)
+            ]
+            if len({len(row) for row in rows}) > 1:
+                counts = [len(row) for row in rows]
+                raise MismatchError(
+                    f"{whole}", f"rows have {counts} {positions} positions", "trace the rows one by one"
+                )
+            if not rows[0]:
+                raise SiteRangeError(f"{whole}", f"the inputs have no {positions} position", "name positions by number")
+            return rows
+        return [[row[i] for i in positions.resolve(len(row), "position", whole)] for row in real]
+
+    def row(self, b: int) -> Inputs:
+        """Row ``b`` alone, padding removed. Image inputs are kept only when there is one row."""
+        if len(self) > 1 and self.extra:
+            raise InputError(f"row {b} of a batch with images", "image tensors cannot be split by row", "build one row")
+        keep = self.real[b]
+        return replace(
+            self,
+            ids=self.ids[b : b + 1, keep],
+            mask=self.mask[b : b + 1, keep],
+            tokens=(tuple(self.tokens[b][p] for p in keep),),
+            roles=(tuple(self.roles[b][p] for p in keep),),
+            grids=tuple(replace(g, row=0, positions=tuple(keep.index(p) for p in g.positions)) for g in self.grids),
+        )
+
+    def repeat(self, n: int) -> Inputs:
+        """One row repeated ``n`` times (text only)."""
+        if len(self) != 1 or self.extra:
+            raise InputError(
+                f"repeat {n} times", f"{len(self)} rows, extra inputs {sorted(self.extra)}", "give one text row"
+            )
+        return replace(
+            self, ids=self.ids.repeat(n, 1), mask=self.mask.repeat(n, 1), tokens=self.tokens * n, roles=self.roles * n
+        )
+
+    def kwargs(self, device: torch.device) -> dict[str, Any]:
+        """What the model's forward is called with, on ``device``."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.extra.items()}
+        return {"input_ids": self.ids.to(device), "attention_mask": self.mask.to(device), **moved}
+
+    @property
+    def digest(self) -> str:
+        """Short hash of everything the model reads."""
+        h = hashlib.sha256()
+        for name, value in sorted({"ids": self.ids, "mask": self.mask, **self.extra}.items()):
+            h.update(name.encode())
+            if isinstance(value, Tensor):
+                plain = value.detach().cpu().contiguous()
+                h.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+                h.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+            else:
+                h.update(repr(value).encode())
+        return h.hexdigest()[:16]
+
+
+def require_same_length(clean: Inputs, corrupt: Inputs) -> None:
+    """MismatchError naming the tokens when two inputs do not line up position by position."""
+    for b, (n, m) in enumerate(zip(clean.lengths, corrupt.lengths, strict=False)):
+        if n != m:
+            a = [clean.tokens[b][p] for p in clean.real[b]]
+            c = [corrupt.tokens[b][p] for p in corrupt.real[b]]
+            first = next((i for i, (x, y) in enumerate(zip(a, c, strict=False)) if x != y), min(n, m))
+            raise MismatchError(
+                "clean and corrupt prompts of equal token length",
+                f"row {b} has {n} and {m} tokens, first different at position {first}: "
+                f"{a[first : first + 4]} against {c[first : first + 4]}",
+                "choose words that split into as many tokens",
+            )
+    if len(clean) != len(corrupt):
+        raise MismatchError("clean and corrupt prompts", f"{len(clean)} and {len(corrupt)} rows", "give equal numbers")

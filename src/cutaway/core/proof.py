@@ -1,0 +1,144 @@
+"""What a result says about itself: how it was made, its sanity number, and its causal proof."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cutaway.core.errors import ResultError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How a result was made: enough to make it again, and to say whether the second one is equal.
+
+    ``params`` are the method's parameters in their text form; ``model`` is what was loaded, ``model_digest`` its weights;
+    ``seconds`` is wall time; ``created`` an ISO time with its zone.
+    """
+
+    method: str
+    stage: str = ""
+    params: dict[str, str] = field(default_factory=dict)
+    model: str = ""
+    model_digest: str = ""
+    inputs_digest: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    device: str = ""
+    dtype: str = ""
+    seconds: float | None = None
+    created: str = ""
+
+    def code(self) -> str:
+        """The Python that makes the result again."""
+        arguments = "".join(f",\n    {name}={text!r}" for name, text in self.params.items())
+        return f"cutaway.run({self.method!r}, cutaway.load({self.model!r}){arguments})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A result's own sanity number: it holds while ``|value| <= tolerance`` (NaN never holds).
+
+    ``name`` says what was measured ("layer scores sum to the total"), ``sentence`` may add what that means.
+    """
+
+    name: str
+    value: float
+    tolerance: float
+    sentence: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return bool(abs(self.value) <= self.tolerance)
+
+    def __str__(self) -> str:
+        verdict = f"error {self.value:.2g}, tolerance {self.tolerance:.2g}"
+        return f"{self.name}: {'holds' if self.holds else 'DOES NOT HOLD'} ({verdict})" + (
+            f". {self.sentence}" if self.sentence else ""
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Proof:
+    """The causal check of a locating result: does ablating what it names do more than ablating random others?
+
+    ``effect[k]`` is what ablating the first ``ks[k]`` named components does to the metric, ``random[draw, k]`` what equally
+    many random ones do, drawn with the same ``matched`` profile. Larger must mean a stronger effect (a *drop* is positive).
+    The verdict is taken at the largest k, in two ways that must agree: the effect lies above ``LEVEL`` of the draws, and a
+    one-sided prediction interval (Student's t, n - 1 degrees of freedom) puts it above what one more draw would give.
+
+    Raises:
+        ResultError: fewer than ``MIN_DRAWS`` draws, or shapes that do not line up.
+    """
+
+    MIN_DRAWS: ClassVar[int] = 5
+    LEVEL: ClassVar[float] = 0.95
+
+    ablated: str
+    ks: tuple[int, ...]
+    effect: Any
+    random: Any
+    metric: str
+    unit: str
+    matched: str = "kind and layer"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ks", tuple(int(k) for k in self.ks))
+        for name in ("effect", "random"):
+            value = getattr(self, name)
+            if hasattr(value, "detach"):
+                value = value.detach().cpu()
+            array = np.array(value, dtype=np.float64)
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        if not self.ks or list(self.ks) != sorted(set(self.ks)):
+            raise ResultError("a proof", f"its set sizes are {self.ks}", "give increasing sizes, at least one")
+        if self.effect.shape != (len(self.ks),) or self.random.ndim != 2 or self.random.shape[1] != len(self.ks):
+            raise ResultError(
+                f"a proof for {len(self.ks)} set sizes",
+                f"effect has shape {self.effect.shape} and random {self.random.shape}",
+                f"give ({len(self.ks)},) and (draws, {len(self.ks)})",
+            )
+        if self.n_draws < self.MIN_DRAWS:
+            raise ResultError("a proof", f"{self.n_draws} random draws", f"draw at least {self.MIN_DRAWS}")
+
+    @property
+    def n_draws(self) -> int:
+        return int(self.random.shape[0])
+
+    @property
+    def percentile(self) -> np.ndarray:
+        """Share of the random draws that the named set exceeds, [k], in 0..1."""
+        return np.asarray((self.random < self.effect).mean(axis=0))
+
+    @property
+    def p_value(self) -> np.ndarray:
+        """Chance that one more random draw would do as much, [k]; NaN where a number is not finite."""
+        from scipy.special import stdtr
+
+        n = self.n_draws
+        spread = self.random.std(axis=0, ddof=1) * np.sqrt(1 + 1 / n)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = (self.effect - self.random.mean(axis=0)) / spread
+        # All draws equal: any effect above them is certain, an effect equal to them is no evidence.
+        t = np.where((spread == 0) & (self.effect == self.random[0]), 0.0, t)
+        return np.asarray(1 - stdtr(n - 1, t))
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.percentile[-1] >= self.LEVEL and self.p_value[-1] <= 1 - self.LEVEL)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict with its numbers, in one line."""
+        k, effect, draws = self.ks[-1], self.effect[-1], self.random[:, -1]
+        verdict = "more than" if self.holds else "NOT reliably more than"
+        return (
+            f"{self.ablated} (k = {k}) changes {self.metric} by {effect:.3g} {self.unit}, {verdict} {self.n_draws} random draws "
+            f"matched by {self.matched} (mean {draws.mean():.3g}, largest {draws.max():.3g}; p = {self.p_value[-1]:.2g})"
+        )
+
+    def __str__(self) -> str:
+        return self.sentence
