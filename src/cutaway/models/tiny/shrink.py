@@ -1,0 +1,189 @@
+"""From a configuration class to a tiny configuration of it, by inspecting the names and values of its default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cutaway.models.tiny import rules
+from cutaway.models.tiny.overrides import OVERRIDES
+from cutaway.models.tiny.rules import TEXT, TOWER, Size
+
+SPECIAL_TOKEN_ENDINGS = ("_token_id", "_token_index", "_token_ids")
+_KEEP = object()  # the default value stays
+
+
+def tiny_config(config_class: type, changes: Mapping[str, Any] | None = None) -> Any:
+    """A tiny configuration of ``config_class``; ``changes`` come last (``text_config__vocab_size`` reaches inside)."""
+    default = config_class(**OVERRIDES.get(config_class.__name__, {}).get("default", {}))
+    return _shrunk(default, "", _special_ids(default), _nested(changes or {}))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the rules for one (sub-)configuration may look at."""
+
+    config: Any
+    size: Size
+    kept: list[int]  # the layers of the default that the tiny layers stand for
+    ids: Mapping[str, int]
+
+
+def _shrunk(default: Any, key: str, ids: Mapping[str, int], changes: Mapping[str, Any]) -> Any:
+    size = TOWER if any(part in key for part in rules.TOWER_NAMES) else TEXT
+    own = OVERRIDES.get(type(default).__name__, {})
+    place = _Place(default, size, _kept_layers(default, size), ids)
+    given: dict[str, Any] = dict(own.get("default", {}))
+    for field in fields(default):
+        value = _value(default, field.name)
+        if _is_config(value):
+            inner = changes.get(field.name, {})
+            given[field.name] = _shrunk(value, f"{key}.{field.name}", ids, inner if isinstance(inner, dict) else {})
+        elif field.name not in own.get("default", {}):
+            small = _small(field.name, value, place)
+            if small is not _KEEP:
+                given[field.name] = small
+    if overrides := _layer_overrides(default):
+        given["per_layer_config"] = {
+            i: {k: _raised(k, v, place) for k, v in overrides[j].items()}
+            for i, j in enumerate(place.kept)
+            if j in overrides
+        }
+    given.update(own.get("set", {}))
+    given.update({k: v for k, v in changes.items() if not _is_config(_value(default, k))})
+    return type(default)(**given)
+
+
+def _small(name: str, value: Any, place: _Place) -> Any:
+    """The tiny value of one attribute, or ``_KEEP``."""
+    if name == "rope_parameters":
+        return _rope(value, place)
+    if value is None or isinstance(value, (bool, str)) or name.startswith("_"):
+        return _KEEP
+    if _is_special(name):
+        inside = [v if 0 <= v < rules.FIRST_WORD else place.ids[_stem(name)] for v in _listed(value)]
+        return inside[0] if isinstance(value, int) else inside
+    if name in rules.LAYER_INDEX_LISTS:
+        return [len(place.kept) - 1] if len(value) else _KEEP
+    if isinstance(value, (int, float)):
+        return _small_number(name, value, place)
+    if isinstance(value, (list, tuple)) and len(value) == _depth(place.config):
+        return [value[j] for j in place.kept]
+    return rules.FIXED_LISTS.get(name, _KEEP)
+
+
+def _small_number(name: str, value: float, place: _Place) -> Any:
+    sized = rules.SIZED.get(name)
+    if sized == "layers":
+        return len(place.kept)
+    if sized == "kv_heads" and _value(place.config, "kv_lora_rank"):
+        return place.size.heads  # latent attention has one key per query head
+    if sized:
+        return getattr(place.size, sized)
+    if name in rules.AT_MOST:
+        return min(value, rules.AT_MOST[name])
+    return rules.FIXED.get(name, _KEEP) if value > 0 else _KEEP
+
+
+def _raised(name: str, value: Any, place: _Place) -> Any:
+    """The tiny value of a per-layer override: twice the common one where the default has more than the common one."""
+    small, common = _small(name, value, place), _value(place.config, name)
+    if small is _KEEP:
+        return value
+    return small * 2 if isinstance(small, int) and common and value > common else small
+
+
+def _kept_layers(config: Any, size: Size) -> list[int]:
+    """The fewest first layers that show every kind of layer; the last of them repeated up to the usual number."""
+    depth = _depth(config)
+    if not depth:
+        return list(range(size.layers))
+    lists = [_value(config, field.name) for field in fields(config)]
+    per_layer = [v for v in lists if isinstance(v, (list, tuple)) and len(v) == depth and list(v) != list(range(depth))]
+    overrides = _layer_overrides(config)
+    seen: set[str] = set()
+    kept: list[int] = []
+    for layer in range(depth):
+        kinds = {f"{i}:{v[layer]}" for i, v in enumerate(per_layer)} | {f"override:{overrides.get(layer)}"}
+        if not kinds <= seen:
+            seen |= kinds
+            kept.append(layer)
+    return kept + [kept[-1]] * (size.layers - len(kept))
+
+
+def _rope(value: Any, place: _Place) -> Any:
+    """Rotary parameters: the sections of multimodal rotary embeddings must add up to half of the tiny head."""
+    if "mrope_section" not in getattr(place.config, "ignore_keys_at_rope_validation", ()):
+        return _KEEP
+    if not isinstance(value, dict) or not value:
+        return _KEEP
+    if all(isinstance(v, dict) for v in value.values()):
+        return {k: _rope(v, place) for k, v in value.items()}
+    half = int(place.size.head_dim * value.get("partial_rotary_factor", 1)) // 2
+    side = half // 3
+    return {**value, "mrope_section": [half - 2 * side, side, side]}
+
+
+def _value(config: Any, name: str) -> Any:
+    # Attributes that vary per layer refuse getattr; their common value is in the instance.
+    return vars(config)[name] if name in vars(config) else getattr(config, name, None)
+
+
+def _depth(config: Any) -> int:
+    names = [name for name, sized in rules.SIZED.items() if sized == "layers"]
+    counts = [_value(config, name) for name in names]
+    return next((count for count in counts if isinstance(count, int)), 0)
+
+
+def _layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
+    spec = vars(config).get("_heterogeneity_spec")
+    return spec.per_layer_overrides if spec is not None else {}
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "to_diff_dict") and hasattr(value, "model_type")
+
+
+def _is_special(name: str) -> bool:
+    return name.endswith(SPECIAL_TOKEN_ENDINGS)
+
+
+def _stem(name: str) -> str:
+    """``image`` for ``image_token_id`` and ``image_token_index``: both mean the same token."""
+    for ending in SPECIAL_TOKEN_ENDINGS:
+        name = name.removesuffix(ending)
+    return name
+
+
+def _listed(value: int | Sequence[int] | None) -> list[int]:
+    return [value] if isinstance(value, int) else list(value or ())
+
+
+def _special_ids(config: Any) -> dict[str, int]:
+    """An id inside the tiny vocabulary for each special token that lies outside of it."""
+    room = rules.VOCAB - rules.FIRST_SPECIAL
+    return {stem: rules.FIRST_SPECIAL + i % room for i, stem in enumerate(sorted(_special_stems(config)))}
+
+
+def _special_stems(config: Any) -> set[str]:
+    found: set[str] = set()
+    for field in fields(config):
+        value = _value(config, field.name)
+        if _is_config(value):
+            found |= _special_stems(value)
+        elif _is_special(field.name) and any(not 0 <= v < rules.FIRST_WORD for v in _listed(value)):
+            found.add(_stem(field.name))
+    return found
+
+
+def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"text_config__hidden_size": 32}`` as ``{"text_config": {"hidden_size": 32}}``."""
+    tree: dict[str, Any] = {}
+    for name, value in changes.items():
+        node = tree
+        *parents, last = name.split("__")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
