@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from cutaway.core.result import Difference, Result
+    from cutaway.core.result import Result
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two results differ: ``lines`` to read, ``largest`` the biggest gap per array. Falsy when equal."""
+
+    lines: tuple[str, ...] = ()
+    largest: dict[str, float] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.lines)
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines) or "equal"
 
 
 def compare(ours: Result, theirs: Result, rtol: float, atol: float) -> Difference:
     """``Difference`` of two results' content; provenance and notes do not count."""
-    from cutaway.core.result import Difference
-
     if ours.kind != theirs.kind:
         return Difference((f"one is a {ours.kind}, the other a {theirs.kind}",))
     lines: list[str] = []
@@ -41,13 +54,12 @@ def compare(ours: Result, theirs: Result, rtol: float, atol: float) -> Differenc
             lines.append(f"{name}: {count} of {a.size} differ{by} (at {place}: {a[at]!r} against {b[at]!r})")
 
     def values(name: str, a: Any, b: Any) -> None:
-        if a != b:
+        if a != b and repr(a) != repr(b):  # by text too: a NaN setting equals itself
             lines.append(f"{name}: {a!r} against {b!r}")
 
     mine, other = ours.arrays(), theirs.arrays()
-    for name in mine.keys() | other.keys():
-        if name not in mine or name not in other:
-            lines.append(f"{name}: only in the {'first' if name in mine else 'second'}")
+    for name in sorted(mine.keys() ^ other.keys()):
+        lines.append(f"{name}: only in the {'first' if name in mine else 'second'}")
     for name in [each for each in mine if each in other]:
         numbers(name, ours.dims()[name], mine[name], other[name])
     for name, a in ours.plain_fields().items():

@@ -14,8 +14,8 @@ from cutaway.core.errors import ResultError
 class Provenance:
     """How a result was made: enough to make it again, and to say whether the second one is equal.
 
-    ``params`` are the method's parameters in their text form; ``model`` is what was loaded, ``model_digest`` its weights;
-    ``seconds`` is wall time; ``created`` an ISO time with its zone.
+    ``params`` are the method's parameters in their text form; ``model`` is what was loaded, ``model_digest`` its
+    weights; ``seconds`` is wall time; ``created`` an ISO time with its zone.
     """
 
     method: str
@@ -64,10 +64,10 @@ class Check:
 class Proof:
     """The causal check of a locating result: does ablating what it names do more than ablating random others?
 
-    ``effect[k]`` is what ablating the first ``ks[k]`` named components does to the metric, ``random[draw, k]`` what equally
-    many random ones do, drawn with the same ``matched`` profile. Larger must mean a stronger effect (a *drop* is positive).
-    The verdict is taken at the largest k, in two ways that must agree: the effect lies above ``LEVEL`` of the draws, and a
-    one-sided prediction interval (Student's t, n - 1 degrees of freedom) puts it above what one more draw would give.
+    ``effect[k]`` is what ablating the first ``ks[k]`` named components does to the metric, ``random[draw, k]`` what
+    equally many random ones do, drawn with the same ``matched`` profile. Larger means stronger (a drop is positive).
+    The verdict is taken at the largest k, in two ways that must agree: the effect lies above ``LEVEL`` of the draws,
+    and a one-sided prediction interval (Student's t, n - 1 degrees of freedom) puts it above what one more draw gives.
 
     Raises:
         ResultError: fewer than ``MIN_DRAWS`` draws, or shapes that do not line up.
@@ -136,8 +136,9 @@ class Proof:
         k, effect, draws = self.ks[-1], self.effect[-1], self.random[:, -1]
         verdict = "more than" if self.holds else "NOT reliably more than"
         return (
-            f"{self.ablated} (k = {k}) changes {self.metric} by {effect:.3g} {self.unit}, {verdict} {self.n_draws} random draws "
-            f"matched by {self.matched} (mean {draws.mean():.3g}, largest {draws.max():.3g}; p = {self.p_value[-1]:.2g})"
+            f"{self.ablated} (k = {k}) changes {self.metric} by {effect:.3g} {self.unit}, {verdict} {self.n_draws} "
+            f"random draws matched by {self.matched} (mean {draws.mean():.3g}, largest {draws.max():.3g}; "
+            f"p = {self.p_value[-1]:.2g})"
         )
 
     def __str__(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 
+from cutaway.core.compare import Difference, compare
 from cutaway.core.errors import ResultError, nearest
 from cutaway.core.proof import Check, Proof, Provenance
 
@@ -19,37 +19,23 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-__all__ = ["Array", "Check", "Difference", "Proof", "Provenance", "Result", "array", "columns"]
+__all__ = ["Array", "Check", "Difference", "Proof", "Provenance", "Result", "columns_over", "over"]
 
 Array: TypeAlias = Any
-"""In: anything array-like, torch tensors included. Out: a read-only numpy array (float32/64, int64, uint8, bool or str)."""
+"""In: anything array-like, torch tensors too. Out: a read-only numpy array (float32/64, int64, uint8, bool or str)."""
 
 Label: TypeAlias = str | int | float
 
 
-def array(*dims: str, dims_in: str = "", optional: bool = False) -> Any:
-    """A field of a result that holds an array with the named dimensions (or those named by the field ``dims_in``)."""
-    metadata = {"dims": dims_in or dims}
-    return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
+def over(*dims: str, named_by: str = "") -> dict[str, Any]:
+    """``field(metadata=over("layer", "head"))``: an array field with these dimensions, or those its field ``named_by``
+    lists."""
+    return {"dims": named_by or dims}
 
 
-def columns(dim: str) -> Any:
-    """A field of a result that holds named 1-d arrays of equal length along ``dim``."""
-    return field(default_factory=dict, metadata={"dims": (dim,), "columns": True})
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How two results differ: ``lines`` to read, ``largest`` the biggest absolute difference per array. Falsy when equal."""
-
-    lines: tuple[str, ...] = ()
-    largest: dict[str, float] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.lines)
-
-    def __str__(self) -> str:
-        return "; ".join(self.lines) or "equal"
+def columns_over(dim: str) -> dict[str, Any]:
+    """``field(default_factory=dict, metadata=columns_over("item"))``: named 1-d arrays of equal length along ``dim``."""
+    return {"dims": (dim,), "columns": True}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -93,7 +79,6 @@ class Result(ABC):
                 value = _plain(value)
             object.__setattr__(self, spec.name, value)
         self._line_up()
-        self.validate()
 
     def _line_up(self) -> None:
         dims, sizes = self.dims(), {}
@@ -116,9 +101,6 @@ class Result(ABC):
                 )
             if len(names) != sizes[dim]:
                 raise ResultError(f"labels for {dim!r}", f"{len(names)} labels for {sizes[dim]} places")
-
-    def validate(self) -> None:
-        """What a kind demands beyond its dimensions; raises ResultError."""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Every array of this result by name; a column is named ``"field/column"``."""
@@ -151,7 +133,7 @@ class Result(ABC):
         raise ResultError(f"dimension {dim!r}", f"this {self.kind} has {', '.join(known)}", nearest(dim, known))
 
     def plain_fields(self) -> dict[str, Any]:
-        """Every field that is neither an array, nor labels, nor evidence: what the picture and the file call settings."""
+        """Every field that is neither an array, nor labels, nor evidence."""
         apart = {"labels", "made_by", "check", "proof", "notes"}
         return {
             spec.name: getattr(self, spec.name)
@@ -168,8 +150,6 @@ class Result(ABC):
 
         Numbers agree within ``atol + rtol * |self|`` (NaN equals NaN); whole numbers and strings exactly.
         """
-        from cutaway.core.compare import compare
-
         return compare(self, other, rtol, atol)
 
     def __eq__(self, other: object) -> bool:
@@ -222,9 +202,9 @@ def frozen_array(value: Any, what: str) -> np.ndarray:
     if hasattr(value, "detach"):  # a torch tensor; bfloat16 has no numpy form
         value = value.detach().cpu()
         value = (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
-    if isinstance(value, np.ndarray) and not value.flags.writeable and value.flags.c_contiguous:
-        if value.dtype in STORED or value.dtype == object:
-            return value
+    ours = isinstance(value, np.ndarray) and (value.dtype in STORED or value.dtype == object)
+    if ours and not value.flags.writeable and value.flags.c_contiguous:
+        return value
     try:
         data = np.array(value, order="C")
     except ValueError as error:
@@ -256,13 +236,9 @@ def _labels(dim: str, value: Any) -> tuple[Label, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists become tuples and numpy scalars Python ones, so that a field compares and stores the same way everywhere."""
+    """Lists become tuples and numpy scalars Python ones, so that fields compare and store alike everywhere."""
     if isinstance(value, list | tuple):
         return tuple(_plain(each) for each in value)
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return value
-    return value
+    return value.item() if isinstance(value, np.generic) else value

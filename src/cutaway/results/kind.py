@@ -1,0 +1,146 @@
+"""What all result kinds share: labelled form, picture, page, terminal and files. A kind adds ``table`` and ``spec``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cutaway.core.errors import ResultError, nearest
+from cutaway.core.result import Result
+from cutaway.core.result_file import to_json
+from cutaway.results.drawing import shown
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+PNG_SCALE = 2  # pixels per unit of the picture, for sharp text
+
+
+class Kind(Result):
+    """A result that can be tabled, drawn, printed and written."""
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Every array with its dimensions and labels; unit, title and method as attributes."""
+        import xarray
+
+        dims, variables = self.dims(), {}
+        for name, data in self.arrays().items():
+            variables[name.rpartition("/")[2]] = (dims[name], data)
+        attributes = {"title": self.title, "unit": self.unit, "method": self.made_by.method if self.made_by else ""}
+        coordinates = {dim: list(names) for dim, names in self.labels.items() if dim not in variables}
+        return xarray.Dataset(variables, coords=coordinates, attrs=attributes)
+
+    def long_table(self, *names: str) -> pandas.DataFrame:
+        """One row per cell of arrays with equal dimensions. A dimension with text labels gets a second column
+        ``<dim>_index``, because tokens repeat."""
+        import pandas
+
+        arrays = self.arrays()
+        dims, shape = self.dims()[names[0]], arrays[names[0]].shape
+        table: dict[str, Any] = {}
+        for dim, places in zip(dims, np.indices(shape), strict=True):
+            labels = self.along(dim)
+            if any(isinstance(each, str) for each in labels):
+                table[f"{dim}_index"] = places.ravel()
+            table[dim] = np.array(labels, dtype=object)[places.ravel()] if labels else places.ravel()
+        for name in names:
+            table[name] = arrays[name].ravel()
+        return pandas.DataFrame(table).infer_objects()
+
+    def highlights(self) -> pandas.DataFrame:
+        """The rows of ``table()`` that a reader wants first."""
+        return self.table()
+
+    def caption(self) -> list[str]:
+        """Lines under the title: how it was made, and whether its check and proof hold."""
+        lines = []
+        if self.made_by:
+            lines.append(" · ".join(each for each in (self.made_by.method, self.made_by.model) if each))
+        lines += [str(each) for each in (self.check, self.proof) if each is not None and not each.holds]
+        return lines
+
+    def option(self, name: str, value: Any, dim: str) -> int:
+        """The index along ``dim`` that a picture's option names by label."""
+        labels = self.along(dim)
+        if value not in labels:
+            listed = ", ".join(map(str, labels[:12])) + (" ..." if len(labels) > 12 else "")
+            raise ResultError(
+                f"{name}={value!r}", f"this {self.kind} has {listed}", nearest(str(value), map(str, labels))
+            )
+        return labels.index(value)
+
+    def view(self, **options: Any) -> Any:
+        """The picture as an altair chart; ``options`` as in ``spec``."""
+        import altair
+
+        return altair.Chart.from_dict(self.spec(**options))
+
+    def summary(self) -> Any:
+        from cutaway.results.terminal import summary
+
+        return summary(self)
+
+    def __rich__(self) -> Any:
+        return self.summary()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        from cutaway.results.page import table_html
+
+        return {
+            "application/vnd.vegalite.v6.json": self.spec(),
+            "text/plain": repr(self),
+            "text/html": table_html(self.highlights()),
+        }
+
+    def write(self, path: str | Path, **options: Any) -> Path:
+        path = Path(path)
+        if path.suffix not in WRITERS:
+            found = f"no writer for the suffix {path.suffix!r}"
+            raise ResultError(f"writing {str(path)!r}", found, f"use one of {', '.join(WRITERS)}")
+        data = WRITERS[path.suffix](self, **options)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            raise ResultError(f"writing {str(path)!r}", f"the disk refused ({error.strerror or error})") from error
+        return path
+
+
+def _png(result: Kind, **options: Any) -> bytes:
+    import vl_convert
+
+    return bytes(vl_convert.vegalite_to_png(json.dumps(result.spec(**options)), scale=PNG_SCALE))
+
+
+def _svg(result: Kind, **options: Any) -> str:
+    import vl_convert
+
+    return str(vl_convert.vegalite_to_svg(json.dumps(result.spec(**options))))
+
+
+def _html(result: Kind, **options: Any) -> str:
+    from cutaway.results.page import page
+
+    return page(result, **options)
+
+
+def _csv(result: Kind, **options: Any) -> str:
+    return str(result.table(**options).to_csv(index=False))
+
+
+def _json(result: Kind, **options: Any) -> str:
+    return to_json(result)
+
+
+WRITERS = {".html": _html, ".png": _png, ".svg": _svg, ".json": _json, ".csv": _csv}
+
+
+def cell_text(value: Any) -> str:
+    """One table cell for a reader."""
+    if isinstance(value, float | np.floating):
+        return f"{value:.4g}"
+    return shown(value, longest=60) if isinstance(value, str) else str(value)
