@@ -42,7 +42,7 @@ SIZED = {
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "emb_dim", "embed_dim", "embedding_size", "embedding_dim",
          "input_embedding_size", "output_embedding_size", "word_embed_proj_dim", "lru_width",
-         "attention_hidden_size", "patch_embed_hidden_size", "pooler_output_size"),
+         "patch_embed_hidden_size", "pooler_output_size"),
         "width",
     ),
     **dict.fromkeys(
@@ -57,7 +57,7 @@ SIZED = {
     ),
     **dict.fromkeys(
         ("head_dim", "kv_channels", "d_kv", "d_head", "dim_head", "attention_head_size", "v_head_dim",
-         "qk_nope_head_dim", "swa_head_dim", "resampler_head_dim", "resampler_dim_head", "attention_head_dim",
+         "qk_nope_head_dim", "swa_head_dim", "resampler_head_dim", "resampler_dim_head",
          "global_head_dim", "swa_v_head_dim", "linear_head_dim"),
         "head_dim",
     ),
@@ -86,8 +86,6 @@ FIXED: dict[str, float] = {
     "sliding_window_size": WINDOW,
     # mixtures of experts
     "num_experts": EXPERTS, "num_local_experts": EXPERTS, "n_routed_experts": EXPERTS, "moe_num_experts": EXPERTS,
-    "num_experts_per_tok": EXPERTS_USED, "num_experts_per_token": EXPERTS_USED, "moe_top_k": EXPERTS_USED,
-    "moe_topk": EXPERTS_USED, "moe_k": EXPERTS_USED, "top_k_experts": EXPERTS_USED,
     "moe_intermediate_size": EXPERT_MLP, "shared_expert_intermediate_size": EXPERT_MLP,
     "expert_ffn_hidden_size": EXPERT_MLP, "moe_shared_expert_intermediate_size": EXPERT_MLP,
     "shared_experts_intermediate_size": EXPERT_MLP, "share_expert_dim": EXPERT_MLP,
@@ -98,7 +96,7 @@ FIXED: dict[str, float] = {
     # state-space and linear attention
     "mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_head_dim": 16,
     "mamba_headdim": 16, "mamba_d_ssm": 128, "mamba_dt_rank": 4, "time_step_rank": 4, "state_size": 8,
-    "ssm_state_size": 8, "mamba_chunk_size": 8, "n_groups": 1,
+    "ssm_state_size": 8, "mamba_chunk_size": 8, "chunk_size": 8, "n_groups": 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     # scales: far enough from 1 to be noticed, near enough to leave the logits their spread
     "logit_scale": 0.5, "logits_mup_width_multiplier": 2.0,
@@ -116,7 +114,20 @@ FIXED: dict[str, float] = {
 FIXED_LISTS = {"image_grid_pinpoints": [[2 * IMAGE, IMAGE], [IMAGE, 2 * IMAGE]]}
 
 # name -> largest value: kept when the default is smaller.
-AT_MOST = {"n_group": 2, "num_expert_group": 2, "topk_group": 1}
+AT_MOST = {
+    **dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts"), EXPERTS_USED
+    ),
+    "n_group": 2, "num_expert_group": 2, "topk_group": 1,
+    "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+}  # fmt: skip
+
+# Needed by the model although the default configuration leaves them out.
+WHEN_NONE = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": EXPERTS_USED}
+SIZED_WHEN_NONE = ("head_dim", "num_key_value_heads")
+
+# Only in the outermost configuration: an encoder of the BERT kind reads left to right.
+FLAGS = {"is_decoder": True}
 
 # Lists of layer indices (not one entry per layer): the last layer of the tiny model is kept.
 LAYER_INDEX_LISTS = (

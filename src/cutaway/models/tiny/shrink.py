@@ -50,6 +50,8 @@ def _shrunk(default: Any, key: str, ids: Mapping[str, int], changes: Mapping[str
             for i, j in enumerate(place.kept)
             if j in overrides
         }
+    if not key:
+        given.update({k: v for k, v in rules.FLAGS.items() if hasattr(default, k)})
     given.update(own.get("set", {}))
     given.update({k: v for k, v in changes.items() if not _is_config(_value(default, k))})
     return type(default)(**given)
@@ -59,7 +61,9 @@ def _small(name: str, value: Any, place: _Place) -> Any:
     """The tiny value of one attribute, or ``_KEEP``."""
     if name == "rope_parameters":
         return _rope(value, place)
-    if value is None or isinstance(value, (bool, str)) or name.startswith("_"):
+    if value is None:
+        return getattr(place.size, rules.SIZED[name]) if name in rules.SIZED_WHEN_NONE else rules.WHEN_NONE.get(name, _KEEP)
+    if isinstance(value, (bool, str)) or name.startswith("_"):
         return _KEEP
     if _is_special(name):
         inside = [v if 0 <= v < rules.FIRST_WORD else place.ids[_stem(name)] for v in _listed(value)]
@@ -69,7 +73,8 @@ def _small(name: str, value: Any, place: _Place) -> Any:
     if isinstance(value, (int, float)):
         return _small_number(name, value, place)
     if isinstance(value, (list, tuple)) and len(value) == _depth(place.config):
-        return [value[j] for j in place.kept]
+        sized = rules.SIZED.get(name)
+        return [getattr(place.size, sized) if sized else value[j] for j in place.kept]
     return rules.FIXED_LISTS.get(name, _KEEP)
 
 
@@ -77,8 +82,10 @@ def _small_number(name: str, value: float, place: _Place) -> Any:
     sized = rules.SIZED.get(name)
     if sized == "layers":
         return len(place.kept)
-    if sized == "kv_heads" and _value(place.config, "kv_lora_rank"):
+    if _value(place.config, "kv_lora_rank") and sized == "kv_heads":
         return place.size.heads  # latent attention has one key per query head
+    if _value(place.config, "kv_lora_rank") and name == "head_dim" and value == place.config.qk_rope_head_dim:
+        return rules.FIXED["qk_rope_head_dim"]  # and there, some call the rotary part the head
     if sized:
         return getattr(place.size, sized)
     if name in rules.AT_MOST:
@@ -105,7 +112,7 @@ def _kept_layers(config: Any, size: Size) -> list[int]:
     seen: set[str] = set()
     kept: list[int] = []
     for layer in range(depth):
-        kinds = {f"{i}:{v[layer]}" for i, v in enumerate(per_layer)} | {f"override:{overrides.get(layer)}"}
+        kinds = {f"{i}:{v[layer]}" for i, v in enumerate(per_layer)} | {f"override:{sorted(overrides.get(layer, ()))}"}
         if not kinds <= seen:
             seen |= kinds
             kept.append(layer)
