@@ -34,7 +34,7 @@ def over(*dims: str, named_by: str = "") -> dict[str, Any]:
 
 
 def columns_over(dim: str) -> dict[str, Any]:
-    """``field(default_factory=dict, metadata=columns_over("item"))``: named 1-d arrays of equal length along ``dim``."""
+    """``field(default_factory=dict, metadata=columns_over("item"))``: named 1-d arrays, all along ``dim``."""
     return {"dims": (dim,), "columns": True}
 
 
@@ -81,7 +81,8 @@ class Result(ABC):
         self._line_up()
 
     def _line_up(self) -> None:
-        dims, sizes = self.dims(), {}
+        dims = self.dims()
+        sizes: dict[str, int] = {}
         for name, data in self.arrays().items():
             if data.ndim != len(dims[name]):
                 raise ResultError(
@@ -115,8 +116,8 @@ class Result(ABC):
 
     def dims(self) -> dict[str, tuple[str, ...]]:
         """The named dimensions of every array in ``arrays()``."""
-        by_field = {spec.name: spec.metadata.get("dims") for spec in dataclasses.fields(self)}
-        found = {}
+        by_field: dict[str, Any] = {spec.name: spec.metadata.get("dims") for spec in dataclasses.fields(self)}
+        found: dict[str, tuple[str, ...]] = {}
         for name in self.arrays():
             dims = by_field[name.partition("/")[0]]
             found[name] = getattr(self, dims) if isinstance(dims, str) else dims
@@ -181,7 +182,7 @@ class Result(ABC):
         """The arrays with their dimensions and labels."""
 
     @abstractmethod
-    def spec(self, **options: Any) -> dict[str, Any]:
+    def spec(self, *args: Any, **options: Any) -> dict[str, Any]:
         """The picture as a Vega-Lite specification; ``options`` are the kind's own (which head, which layer)."""
 
     @abstractmethod

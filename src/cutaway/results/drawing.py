@@ -104,7 +104,7 @@ def digits(value: float) -> str:
     return f"{value:.4g}"
 
 
-def finite(value: float) -> float | None:
+def finite(value: Any) -> float | None:
     """The number, or None where JSON and a colour have none (NaN, infinity)."""
     return float(value) if math.isfinite(value) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,21 @@ class Kind(Result):
         """The picture as an altair chart; ``options`` as in ``spec``."""
         import altair
 
-        return altair.Chart.from_dict(self.spec(**options))
+        spec = self.drawn(**options)
+        # Altair checks data against its schema too, half a minute for 10,000 cells: it sees the first row only.
+        rows = spec["data"]["values"]
+        chart = altair.Chart.from_dict(spec | {"data": {"values": rows[:1]}})
+        chart.data = altair.InlineData(values=rows)
+        return chart
+
+    def drawn(self, **options: Any) -> dict[str, Any]:
+        """``spec(**options)``, with an error that names the options there are."""
+        known = list(inspect.signature(self.spec).parameters)
+        for name in options:
+            if name not in known:
+                found = f"the picture of a {self.kind} has {', '.join(known) or 'no options'}"
+                raise ResultError(f"option {name!r}", found, nearest(name, known))
+        return self.spec(**options)
 
     def summary(self) -> Any:
         from cutaway.results.terminal import summary
@@ -104,7 +119,7 @@ class Kind(Result):
         data = WRITERS[path.suffix](self, **options)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "backslashreplace"))
+            path.write_bytes(data)
         except OSError as error:
             raise ResultError(f"writing {str(path)!r}", f"the disk refused ({error.strerror or error})") from error
         return path
@@ -113,27 +128,34 @@ class Kind(Result):
 def _png(result: Kind, **options: Any) -> bytes:
     import vl_convert
 
-    return bytes(vl_convert.vegalite_to_png(json.dumps(result.spec(**options)), scale=PNG_SCALE))
+    return bytes(vl_convert.vegalite_to_png(json.dumps(result.drawn(**options)), scale=PNG_SCALE))
 
 
-def _svg(result: Kind, **options: Any) -> str:
+def _svg(result: Kind, **options: Any) -> bytes:
     import vl_convert
 
-    return str(vl_convert.vegalite_to_svg(json.dumps(result.spec(**options))))
+    return str(vl_convert.vegalite_to_svg(json.dumps(result.drawn(**options)))).encode()
 
 
-def _html(result: Kind, **options: Any) -> str:
+def _html(result: Kind, **options: Any) -> bytes:
     from cutaway.results.page import page
 
-    return page(result, **options)
+    return page(result, **options).encode("utf-8", "backslashreplace")
 
 
-def _csv(result: Kind, **options: Any) -> str:
-    return str(result.table(**options).to_csv(index=False))
+def _csv(result: Kind, **options: Any) -> bytes:
+    _no_options(result, options, ".csv")
+    return str(result.table().to_csv(index=False)).encode("utf-8", "backslashreplace")
 
 
-def _json(result: Kind, **options: Any) -> str:
-    return to_json(result)
+def _json(result: Kind, **options: Any) -> bytes:
+    _no_options(result, options, ".json")
+    return to_json(result).encode()
+
+
+def _no_options(result: Kind, options: dict[str, Any], suffix: str) -> None:
+    if options:
+        raise ResultError(f"writing {suffix} with {', '.join(options)}", "it holds every number and no picture")
 
 
 WRITERS = {".html": _html, ".png": _png, ".svg": _svg, ".json": _json, ".csv": _csv}

@@ -48,7 +48,7 @@ draw();
 
 def page(result: Kind, **options: Any) -> str:
     """The HTML text; ``options`` choose the picture as in ``spec``."""
-    spec = result.spec(**options)
+    spec = result.drawn(**options)
     rows = result.highlights()
     title = html.escape(result.title or result.kind)
     more = f"the first {ROWS} of {len(rows):,} rows" if len(rows) > ROWS else f"{len(rows):,} rows"

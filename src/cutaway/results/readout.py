@@ -83,7 +83,7 @@ class Readout(Kind, kind="readout"):
         source = (
             self.target_log_prob if target else self.log_probs[..., 0] if k else np.full((layers, positions), np.nan)
         )
-        chance = np.exp(source.astype(np.float64))
+        chance: np.ndarray = np.exp(source.astype(np.float64))
         rows = []
         for i, j in np.ndindex(layers, positions):
             top = [f"{drawing.shown(self.tokens[i, j, n])} {np.exp(self.log_probs[i, j, n]):.1%}" for n in range(k)]
