@@ -8,6 +8,7 @@ TESTS ?= tests
 PY := .venv/bin/python
 STAMP := .venv/.made-from-pyproject-and-constraints
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format bench docs new-method specimens clean
@@ -40,7 +41,7 @@ check: $(STAMP)  ## format, lint, types, architecture, pinned versions, docs in 
 	$(PY) -m pytest -q tests/unit/test_architecture.py
 	$(PY) -m tools.check_pins
 	$(PY) -m tools.check_docs
-	$(PY) -m mkdocs build --quiet --strict --site-dir out/docs-check
+	$(PY) -m mkdocs build --strict --site-dir out/docs-check  # never --quiet: it hides warnings from --strict
 
 format: $(STAMP)  ## format the code and mend what ruff can
 	$(PY) -m ruff check --fix-only .
@@ -53,7 +54,7 @@ bench: $(STAMP)  ## run the speed benchmarks into benchmarks/results/ (ONLY=name
 
 docs: $(STAMP)  ## write the generated parts of docs/, then build the pages into site/
 	$(PY) -m tools.check_docs --write
-	$(PY) -m mkdocs build --quiet --strict
+	$(PY) -m mkdocs build --strict
 	@echo "site/index.html"
 
 new-method: $(STAMP)  ## start a method: NAME=my_method STAGE=see|locate|prove|change|follow

@@ -1,0 +1,101 @@
+"""The parts of docs/ that are written from the code: one function per block, each returning Markdown."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from cutaway.core import errors, intervention, metric, site
+
+T = TypeVar("T")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def first_line(thing: object) -> str:
+    """First line of a docstring, without its full stop."""
+    return (inspect.getdoc(thing) or "").split("\n")[0].rstrip(".")
+
+
+def family(base: type[T]) -> Iterator[type[T]]:
+    """All subclasses, each before its own, in the order of the source."""
+    children: list[type[T]] = base.__subclasses__()
+    for child in children:
+        yield child
+        yield from family(child)
+
+
+def error_classes() -> str:
+    """One section per error class: what it means, what it also is, the exit code of the command line."""
+    sections = []
+    for cls in (errors.CutawayError, *family(errors.CutawayError)):
+        if cls.__module__ != errors.__name__:
+            continue
+        ours = [base.__name__ for base in cls.__bases__ if base.__module__ == errors.__name__]
+        builtin = [base.__name__ for base in cls.__bases__ if base.__module__ == "builtins" and base is not Exception]
+        links = [f"a kind of [{name}](#{name.lower()})" for name in ours]
+        also = [f"caught by `except {name}` too" for name in builtin]
+        facts = [*links, *also, f"exit code {cls.exit_code}"]
+        sections.append(f"### {cls.__name__}\n\n{first_line(cls)}.\n\n*{'; '.join(facts)}*")
+    return "\n\n".join(sections)
+
+
+def error_tree() -> str:
+    """The tree of error classes, as the module's docstring draws it."""
+    drawing = [line for line in (errors.__doc__ or "").split("\n") if line.startswith("    ")]
+    return "```text\n" + "\n".join(line[4:] for line in drawing) + "\n```"
+
+
+def site_kinds() -> str:
+    """Every kind of site with its axes, what an index chooses, and its equation."""
+    rows = [
+        [
+            f"`{'L*.' if kind.layered else ''}{name}`",
+            f"[{', '.join(kind.axes)}]",
+            kind.index_axis or "",
+            kind.equation,
+        ]
+        for name, kind in site.KINDS.items()
+    ]
+    return table(["site", "axes of its tensor", "`[...]` chooses", "what it is"], rows)
+
+
+def interventions() -> str:
+    """Every intervention, its arguments and what it does."""
+    rows = []
+    for cls in family(intervention.Intervention):
+        if not cls.__name__.startswith("_") and cls.__module__ == intervention.__name__:
+            arguments = ", ".join(inspect.signature(cls).parameters)
+            rows.append([f"`{cls.__name__}({arguments})`", first_line(cls)])
+    return table(["intervention", "what it does"], rows)
+
+
+def metrics() -> str:
+    """Every metric: its text form and its unit."""
+    tokens = ("", ": A", ": A, B")
+    return table(["metric", "unit"], [[f"`{name}{tokens[f.n_tokens]}`", f.unit] for name, f in metric.FORMS.items()])
+
+
+def methods() -> str:
+    """Every method by stage, as the catalog knows them."""
+    if importlib.util.find_spec("cutaway.catalog") is None:
+        return ""
+    catalog = importlib.import_module("cutaway.catalog")
+    return str(catalog.docs_table())
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "error tree": error_tree,
+    "error classes": error_classes,
+    "site kinds": site_kinds,
+    "interventions": interventions,
+    "metrics": metrics,
+    "methods": methods,
+}
