@@ -35,7 +35,8 @@ def family(base: type[T]) -> Iterator[type[T]]:
 def error_classes() -> str:
     """One section per error class: what it means, what it also is, the exit code of the command line."""
     sections = []
-    for cls in (errors.CutawayError, *family(errors.CutawayError)):
+    classes: list[type[errors.CutawayError]] = [errors.CutawayError, *family(errors.CutawayError)]
+    for cls in classes:
         if cls.__module__ != errors.__name__:
             continue
         ours = [base.__name__ for base in cls.__bases__ if base.__module__ == errors.__name__]
