@@ -1,0 +1,1 @@
+"""What makes each specimen: ``python -m recipes.build_all`` makes them all again."""
