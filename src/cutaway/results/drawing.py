@@ -74,11 +74,14 @@ def theme(dark: bool = False) -> Spec:
         "view": {"stroke": None},
         "facet": {"spacing": 14},
         "style": {
-            "missing": {"fill": ink["missing"]},
-            "on_low": {"fill": ink["ink"]},
-            "on_high": {"fill": ink["on_high"]},
-            "faint": {"fill": ink["faint"], "stroke": ink["faint"]},
-            "rule": {"stroke": ink["faint"]},
+            "missing": {"color": ink["missing"]},
+            "on_low": {"color": ink["ink"]},
+            "on_high": {"color": ink["on_high"]},
+            "faint": {"color": ink["faint"]},
+            "rule": {"color": ink["line"]},
+            "positive": {"color": ink["diverging"][-2]},
+            "negative": {"color": ink["diverging"][1]},
+            "plate": {"fill": ink["paper"], "stroke": ink["faint"], "strokeWidth": 0.7},
         },
         "range": {"ramp": ink["ramp"], "heatmap": ink["ramp"], "diverging": ink["diverging"]}
         | {"category": ink["category"]},
@@ -127,14 +130,14 @@ def step(count: int, room: float, largest: float, smallest: float = 3) -> float:
     return round(min(largest, max(smallest, room / max(count, 1))), 2)
 
 
-def axis(labels: Sequence[Any], title: str, pixels: float, horizontal: bool) -> Spec:
+def axis(labels: Sequence[Any], title: str, pixels: float, horizontal: bool, longest: int = LONGEST_LABEL) -> Spec:
     """An axis over places 0, 1, 2 ... that shows their labels, turned or thinned out until none touches the next."""
-    texts = [shown(each) for each in labels]
-    longest = max((len(each) for each in texts), default=0) * CHARACTER_PIXELS
-    turned = horizontal and longest > pixels - 2
+    texts = [shown(each, longest) for each in labels]
+    room = max((len(each) for each in texts), default=0) * CHARACTER_PIXELS
+    turned = horizontal and room > pixels - 2
     every = max(1, math.ceil(LABEL_PIXELS / pixels)) if turned or not horizontal else 1
     if turned and all(isinstance(each, int) for each in labels):  # numbers read better upright, fewer of them
-        turned, every = False, math.ceil((longest + 6) / pixels)
+        turned, every = False, math.ceil((room + 6) / pixels)
     found: Spec = {
         "title": title,
         "values": list(range(0, len(texts), every)),
@@ -164,10 +167,18 @@ def domain(values: np.ndarray) -> tuple[float, float]:
     return (low, high) if high > low else (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
 
 
+def from_zero(values: np.ndarray) -> tuple[float, float]:
+    """The span of the finite values together with zero, never empty: bars start at zero."""
+    good = values[np.isfinite(values)]
+    low, high = float(good.min(initial=0.0)), float(good.max(initial=0.0))
+    return (low, high) if high > low else (0.0, 1.0)
+
+
 def color(title: str, values: np.ndarray, signed: bool, center: float = 0.0, length: float = 160) -> Spec:
     """The colour channel for a field ``value``: diverging around ``center`` or rising."""
     low, high = signed_domain(values, center) if signed else domain(values)
     scale: Spec = {"domain": [low, center, high] if signed else [low, high], "range": "diverging" if signed else "ramp"}
+    scale["interpolate"] = "lab"
     if signed:
         scale |= {"domain": [low, high], "domainMid": center}
     legend = {"title": textwrap.wrap(title, 24), "gradientLength": min(200, max(60, length)), "format": "~g"}

@@ -1,0 +1,183 @@
+"""Graph: components of a model and the weighted edges between them: circuits, information flow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cutaway.core.errors import ResultError
+from cutaway.core.result import Array, columns_over, over
+from cutaway.results import drawing
+from cutaway.results.kind import Kind
+from cutaway.results.layout import layered, ranks
+
+if TYPE_CHECKING:
+    import networkx
+    import pandas
+
+EDGES = 200  # more strokes than this hide each other
+GAP, RISE, PLATE = 14.0, 58.0, 17.0
+THINNEST, THICKEST = 0.5, 5.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Graph(Kind, kind="graph"):
+    """Directed edges between named ``nodes``, drawn in layers from the inputs below to the output above.
+
+    Args:
+        nodes: different names [node], site strings where they are places in the model.
+        source, target: indices into ``nodes`` [edge]; two nodes may share several edges.
+        weight: what each edge carries [edge], signed, in ``unit``; ``measure`` says what it is.
+        layer: height of each node in the drawing [node]; by longest path from the inputs when absent.
+        node_columns, edge_columns: more about each node or edge.
+    """
+
+    nodes: Array = field(metadata=over("node"))
+    source: Array = field(metadata=over("edge"))
+    target: Array = field(metadata=over("edge"))
+    weight: Array = field(metadata=over("edge"))
+    layer: Array = field(default=None, metadata=over("node"))
+    node_columns: dict[str, Array] = field(default_factory=dict, metadata=columns_over("node"))
+    edge_columns: dict[str, Array] = field(default_factory=dict, metadata=columns_over("edge"))
+    measure: str = "weight"
+
+    def __post_init__(self) -> None:
+        for name in ("source", "target"):
+            object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.int64))
+        super().__post_init__()
+        if len(set(self.nodes)) != len(self.nodes):
+            twice = next(each for each in self.nodes if list(self.nodes).count(each) > 1)
+            raise ResultError("a graph", f"two nodes are called {twice!r}", "give every node its own name")
+        ends = np.concatenate([self.source, self.target])
+        if ends.size and (ends.min() < 0 or ends.max() >= len(self.nodes)):
+            found = f"an edge ends at node {ends.max() if ends.max() >= len(self.nodes) else ends.min()}"
+            raise ResultError("a graph", found, f"there are nodes 0 to {len(self.nodes) - 1}")
+
+    def table(self) -> pandas.DataFrame:
+        """One row per edge: source, target, weight and the edge columns."""
+        import pandas
+
+        ends = {"source": self.nodes[self.source], "target": self.nodes[self.target]}
+        return pandas.DataFrame({**ends, "weight": self.weight, **self.edge_columns})
+
+    def highlights(self) -> pandas.DataFrame:
+        """Edges from the strongest to the weakest."""
+        return self.table().sort_values("weight", key=abs, ascending=False, kind="stable")
+
+    def to_networkx(self) -> networkx.MultiDiGraph:
+        """The same graph for networkx: node and edge columns as attributes."""
+        import networkx
+
+        graph = networkx.MultiDiGraph(title=self.title, unit=self.unit)
+        for i, name in enumerate(self.nodes):
+            graph.add_node(name, **{key: each[i] for key, each in self.node_columns.items()})
+        for i, (a, b) in enumerate(zip(self.source, self.target, strict=True)):
+            more = {key: each[i] for key, each in self.edge_columns.items()}
+            graph.add_edge(self.nodes[a], self.nodes[b], weight=float(self.weight[i]), **more)
+        return graph
+
+    def spec(self, edges: int = EDGES) -> drawing.Spec:
+        """The strongest ``edges`` edges and the nodes they join: width is size, colour is sign."""
+        size = np.nan_to_num(np.abs(self.weight.astype(np.float64)), nan=0.0, posinf=np.finfo(np.float64).max)
+        kept = np.sort(np.argsort(-size, kind="stable")[:edges])
+        height = self.layer if self.layer is not None else ranks(len(self.nodes), self.source, self.target)
+        used = (
+            np.unique(np.concatenate([self.source[kept], self.target[kept]]))
+            if len(kept)
+            else np.arange(len(self.nodes))
+        )
+        names = [drawing.shown(self.nodes[i], 22) for i in used]
+        widths = np.array([len(each) * drawing.CHARACTER_PIXELS + 10 for each in names])
+        place = {int(node): i for i, node in enumerate(used)}
+        links = [(place[int(self.source[e])], place[int(self.target[e])]) for e in kept]
+        x, rows_of, total = layered(np.asarray(height)[used], links, widths, GAP)
+        y = rows_of * RISE
+        largest = float(size[kept].max(initial=0.0)) or 1.0
+        rows: list[dict[str, Any]] = []
+        for n, (e, (a, b)) in enumerate(zip(kept, links, strict=True)):
+            weight = float(self.weight[e])
+            edge = {
+                "part": "edge",
+                "edge": n,
+                "sign": "negative" if weight < 0 else "positive",
+                "from": names[a],
+                "to": names[b],
+            }
+            edge |= {"shown": drawing.digits(weight), "strength": round(float(size[e] / largest), 4)}
+            bend = (y[a] + y[b]) / 2
+            path = ((x[a], y[a]), (x[a], bend), (x[b], bend), (x[b], y[b]))
+            rows += [{**edge, "step": s, "x": round(px, 1), "y": round(py, 1)} for s, (px, py) in enumerate(path)]
+        for i, name in enumerate(names):
+            left, right = x[i] - widths[i] / 2, x[i] + widths[i] / 2
+            rows.append(
+                {"part": "node", "node": name, "x": round(float(x[i]), 1), "y": round(float(y[i]), 1)}
+                | {
+                    "left": round(left, 1),
+                    "right": round(right, 1),
+                    "low": round(y[i] - PLATE / 2, 1),
+                    "high": round(y[i] + PLATE / 2, 1),
+                }
+            )
+        tall = float(y.max(initial=0.0)) + PLATE
+        return self._document(rows, total, tall, len(kept))
+
+    def _document(self, rows: list[dict[str, Any]], wide: float, tall: float, drawn: int) -> drawing.Spec:
+        across = {"scale": {"domain": [0, wide], "nice": False, "zero": False}, "axis": None, "type": "quantitative"}
+        up = {
+            "scale": {"domain": [-PLATE / 2, tall - PLATE / 2], "nice": False, "zero": False},
+            "axis": None,
+            "type": "quantitative",
+        }
+        x, y = {"field": "x", **across}, {"field": "y", **up}
+        said = {"field": "shown", "type": "nominal", "title": drawing.named(self.measure, self.unit)}
+        tooltip = [{"field": "from", "type": "nominal"}, {"field": "to", "type": "nominal"}, said]
+        width_scale = {"domain": [0, 1], "range": [THINNEST, THICKEST]}
+        layers: list[drawing.Spec] = [
+            {
+                "transform": [{"filter": f"datum.part === 'edge' && datum.sign === '{sign}'"}],
+                "mark": {"type": "line", "interpolate": "basis", "style": sign, "strokeCap": "round"},
+                "encoding": {
+                    "x": x,
+                    "y": y,
+                    "order": {"field": "step", "type": "ordinal"},
+                    "detail": {"field": "edge", "type": "nominal"},
+                    "strokeWidth": {"field": "strength", "type": "quantitative", "scale": width_scale, "legend": None},
+                    "opacity": {
+                        "field": "strength",
+                        "type": "quantitative",
+                        "scale": {"domain": [0, 1], "range": [0.25, 0.9]},
+                        "legend": None,
+                    },
+                    "tooltip": tooltip,
+                },
+            }
+            for sign in ("positive", "negative")
+        ]
+        node = {"transform": [{"filter": "datum.part === 'node'"}]}
+        layers.append(
+            {
+                **node,
+                "mark": {"type": "rect", "style": "plate", "cornerRadius": 3},
+                "encoding": {
+                    "x": {"field": "left", **across},
+                    "x2": {"field": "right"},
+                    "y": {"field": "low", **up},
+                    "y2": {"field": "high"},
+                },
+            }
+        )
+        layers.append(
+            {
+                **node,
+                "mark": {"type": "text", "style": "on_low", "fontSize": 10, "baseline": "middle"},
+                "encoding": {"x": x, "y": y, "text": {"field": "node", "type": "nominal"}},
+            }
+        )
+        said_once = (
+            f"width: size of {self.measure}{f' in {self.unit}' if self.unit else ''}; orange adds, blue takes away"
+        )
+        left_out = f"the strongest {drawn} of {len(self.weight):,} edges" if drawn < len(self.weight) else ""
+        body = {"data": {"values": rows}, "width": wide, "height": tall, "layer": layers}
+        return drawing.document(body, drawing.heading(self.title, *self.caption(), said_once, left_out))

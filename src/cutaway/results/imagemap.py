@@ -1,0 +1,167 @@
+"""ImageMap: scores of image patches, laid over the image."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cutaway.core.errors import ResultError
+from cutaway.core.result import Array, over
+from cutaway.results import drawing
+from cutaway.results.kind import Kind
+
+if TYPE_CHECKING:
+    import pandas
+    from PIL.Image import Image
+
+PNG_HEAD, SIZE_AT = b"\x89PNG\r\n\x1a\n", slice(16, 24)
+WIDEST, TALLEST, ACROSS = 280, 320, 3
+VEIL = (0.0, 0.85)  # opacity of the weakest and of the strongest patch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ImageMap(Kind, kind="imagemap"):
+    """One or more maps of patch scores over one image.
+
+    Args:
+        image: the bytes of a PNG file, uint8 [byte]; ``ImageMap.png`` makes them from a Pillow image.
+        values: scores [map, row, column] over the patch grid, in ``unit``, never rescaled; NaN where there is no
+            patch. A single map may be given as [row, column]. Label ``map`` with the maps' names.
+        boxes: pixel edges (left, top, right, bottom) of each patch [row, column, edge]; an even grid when absent.
+        measure: what a score is; scale: "diverging" or "sequential".
+    """
+
+    image: Array = field(metadata=over("byte"))
+    values: Array = field(metadata=over("map", "row", "column"))
+    boxes: Array = field(default=None, metadata=over("row", "column", "edge"))
+    measure: str = "score"
+    scale: str = "diverging"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image, bytes):
+            object.__setattr__(self, "image", np.frombuffer(self.image, dtype=np.uint8))
+        if getattr(self.values, "ndim", len(np.shape(self.values))) == 2:
+            object.__setattr__(self, "values", self.values[None] if hasattr(self.values, "ndim") else [self.values])
+        if self.boxes is None:
+            rows, cols = np.shape(self.values)[-2:]
+            object.__setattr__(self, "boxes", even_boxes(rows, cols, *png_size(bytes(np.asarray(self.image)))))
+        super().__post_init__()
+        png_size(self.image.tobytes())
+        if self.scale not in ("diverging", "sequential"):
+            raise ResultError(f"scale={self.scale!r}", "no such colour scale", "use 'diverging' or 'sequential'")
+        if self.boxes.shape[-1] != 4:
+            raise ResultError("patch boxes", f"{self.boxes.shape[-1]} numbers each", "give left, top, right, bottom")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the image in pixels."""
+        return png_size(self.image.tobytes())
+
+    @staticmethod
+    def png(image: Image) -> np.ndarray:
+        """The bytes of a Pillow image as a PNG file, uint8 [byte]."""
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, format="PNG")
+        return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+
+    def table(self) -> pandas.DataFrame:
+        """One row per map and patch: the score and the patch's box in pixels."""
+        table = self.long_table("values").rename(columns={"values": "score"})
+        maps = self.values.shape[0]
+        for i, edge in enumerate(("left", "top", "right", "bottom")):
+            table[edge] = np.tile(self.boxes[..., i].ravel(), maps)
+        return table
+
+    def highlights(self) -> pandas.DataFrame:
+        """Patches from the strongest to the weakest."""
+        return self.table().sort_values("score", key=abs, ascending=False, kind="stable")
+
+    def spec(self, map: Any = None) -> drawing.Spec:
+        """The image, then every map over it (or the one labelled ``map``): colour and veil grow with the score."""
+        names = self.along("map")
+        chosen = range(len(names)) if map is None else [self.option("map", map, "map")]
+        wide, tall = self.size
+        zoom = min(WIDEST / wide, TALLEST / tall)
+        signed = self.scale == "diverging"
+        picked = self.values[list(chosen)]
+        colors = drawing.color(drawing.named(self.measure, self.unit), picked, signed, length=tall * zoom)
+        low, high = drawing.signed_domain(picked) if signed else drawing.domain(picked)
+        rows = []
+        for n, r, c in np.ndindex(picked.shape):
+            value, (left, top, right, bottom) = float(picked[n, r, c]), self.boxes[r, c].tolist()
+            box = {"left": left, "top": top, "right": right, "bottom": bottom}
+            strength = abs(value) / high if signed else (value - low) / (high - low)
+            row = {
+                "map": n,
+                "row": r,
+                "column": c,
+                **box,
+                "value": drawing.finite(value),
+                "shown": drawing.digits(value),
+            }
+            rows.append(row | {"strength": drawing.finite(strength)})
+        across = {"type": "quantitative", "axis": None, "scale": {"domain": [0, wide], "nice": False}}
+        down = {"type": "quantitative", "axis": None, "scale": {"domain": [0, tall], "nice": False, "reverse": True}}
+        frame = {"width": round(wide * zoom, 1), "height": round(tall * zoom, 1)}
+        photo = {
+            "data": {"name": "image"},
+            "mark": {"type": "image", "width": frame["width"], "height": frame["height"], "align": "left"}
+            | {"baseline": "top", "aspect": False},
+            "encoding": {
+                "x": {"datum": 0, **across},
+                "y": {"datum": 0, **down},
+                "url": {"field": "url", "type": "nominal"},
+            },
+        }
+        panels: list[drawing.Spec] = [{**frame, "title": _panel("image"), "layer": [photo]}]
+        for n, i in enumerate(chosen):
+            patch = {
+                "x": {"field": "left", **across},
+                "x2": {"field": "right"},
+                "y": {"field": "top", **down},
+                "y2": {"field": "bottom"},
+                "tooltip": [{"field": each, "type": "ordinal"} for each in ("row", "column")]
+                + [{"field": "shown", "type": "nominal", "title": colors["legend"]["title"]}],
+            }
+            veil = {"field": "strength", "type": "quantitative", "legend": None}
+            veil["scale"] = {"domain": [0, 1], "range": list(VEIL)}
+            drawn = {
+                "transform": [{"filter": f"datum.map === {n} && isValid(datum.value)"}],
+                "mark": {"type": "rect"},
+                "encoding": {**patch, "color": colors, "opacity": veil},
+            }
+            blank = {
+                "transform": [{"filter": f"datum.map === {n} && !isValid(datum.value)"}],
+                "mark": {"type": "rect", "style": "missing", "opacity": 0.6},
+                "encoding": patch,
+            }
+            panels.append({**frame, "title": _panel(drawing.shown(names[i], 30)), "layer": [photo, drawn, blank]})
+        url = "data:image/png;base64," + base64.b64encode(self.image.tobytes()).decode()
+        body = {"data": {"values": rows}, "datasets": {"image": [{"url": url}]}, "concat": panels, "columns": ACROSS}
+        return drawing.document(body, drawing.heading(self.title, *self.caption()))
+
+
+def _panel(text: str) -> drawing.Spec:
+    return {"text": text, "fontSize": 11, "fontWeight": 500, "anchor": "middle", "offset": 6}
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Width and height from a PNG's head."""
+    if not data.startswith(PNG_HEAD) or len(data) < SIZE_AT.stop:
+        raise ResultError("an image map", "its image is not a PNG file", "use ImageMap.png(pillow_image)")
+    width, height = struct.unpack(">II", data[SIZE_AT])
+    return int(width), int(height)
+
+
+def even_boxes(rows: int, columns: int, width: int, height: int) -> np.ndarray:
+    """Boxes of an even patch grid over the image, [row, column, edge] in pixels."""
+    across, down = np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1)
+    boxes = np.empty((rows, columns, 4), dtype=np.float32)
+    boxes[..., 0], boxes[..., 2] = across[:-1], across[1:]
+    boxes[..., 1], boxes[..., 3] = down[:-1, None], down[1:, None]
+    return boxes
