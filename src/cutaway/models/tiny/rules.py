@@ -41,7 +41,7 @@ TOWER_NAMES = ("vision", "audio", "sam_config", "backbone", "vq_config", "image"
 SIZED = {
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "emb_dim", "embed_dim", "embedding_size", "embedding_dim",
-         "input_embedding_size", "output_embedding_size", "word_embed_proj_dim", "lru_width",
+         "input_embedding_size", "hidden_size_global", "output_embedding_size", "word_embed_proj_dim", "lru_width",
          "patch_embed_hidden_size", "pooler_output_size"),
         "width",
     ),
@@ -109,9 +109,21 @@ FIXED: dict[str, float] = {
     "out_hidden_size": TEXT.width, "text_hidden_size": TEXT.width, "output_dim": TEXT.width,
     "projection_dim": TEXT.width, "projector_hidden_size": TEXT.mlp, "projection_hidden_size": TOWER.width,
     "encoder_hidden_size": TOWER.width, "image_text_hidden_size": TEXT.width, "adapter_out_dim": TEXT.width,
+    "adapter_in_dim": TOWER.width, "adapter_input_size": TOWER.width, "vision_output_dim": TEXT.width,
+    "projector_input_dim": TEXT.width, "projector_output_dim": TEXT.width, "decoder_hidden_size": TEXT.width,
+    "latent_query_num": 4, "image_token_embed_dim": TOWER.width,
+    # convolutions and quantisers of towers
+    "output_channels": TOWER.width, "base_channels": TOWER.width, "window_size": 2, "num_embeddings": 8,
+    "codebook_size": 8, "downsample_hidden_size": 16, "nemo_conv_channels": 32, "ext_pw_out_channel": 32,
+    "depthwise_separable_out_channel": 32, "post_conv_in_channels": 32, "post_conv_mid_channels": 32,
+    "post_conv_out_channels": 32, "position_embedding_size": 16, "num_global_layers": 1, "zero_expert_num": 2,
 }  # fmt: skip
 
-FIXED_LISTS = {"image_grid_pinpoints": [[2 * IMAGE, IMAGE], [IMAGE, 2 * IMAGE]]}
+FIXED_LISTS = {
+    "image_grid_pinpoints": [[2 * IMAGE, IMAGE], [IMAGE, 2 * IMAGE]],
+    "downsample_channels": [TOWER.width, TOWER.width],
+    "channel_multiplier": [1, 1],
+}
 
 # name -> largest value: kept when the default is smaller.
 AT_MOST = {
@@ -126,12 +138,14 @@ AT_MOST = {
 WHEN_NONE = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": EXPERTS_USED}
 SIZED_WHEN_NONE = ("head_dim", "num_key_value_heads")
 
+# An id for the image placeholder, where the default configuration leaves it to the processor.
+IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
+
 # Only in the outermost configuration: an encoder of the BERT kind reads left to right.
 FLAGS = {"is_decoder": True}
 
 # Lists of layer indices (not one entry per layer): the last layer of the tiny model is kept.
 LAYER_INDEX_LISTS = (
     "moe_layers", "full_attn_idxs", "cross_attention_layers", "deepstack_visual_indexes", "fullatt_block_indexes",
-    "global_attn_indexes", "hybrid_layer_ids", "ple_layer_ids", "intermediate_layers_indices", "kv_source_layers",
-    "rope_scaling_layers",
+    "global_attn_indexes", "hybrid_layer_ids", "ple_layer_ids", "intermediate_layers_indices", "rope_scaling_layers",
 )  # fmt: skip

@@ -35,11 +35,12 @@ def _shrunk(default: Any, key: str, ids: Mapping[str, int], changes: Mapping[str
     own = OVERRIDES.get(type(default).__name__, {})
     place = _Place(default, size, _kept_layers(default, size), ids)
     given: dict[str, Any] = dict(own.get("default", {}))
+    own_inner = _nested(own.get("inner", {}))
     for field in fields(default):
         value = _value(default, field.name)
         if _is_config(value):
-            inner = changes.get(field.name, {})
-            given[field.name] = _shrunk(value, f"{key}.{field.name}", ids, inner if isinstance(inner, dict) else {})
+            inner = {**own_inner.get(field.name, {}), **_dict(changes.get(field.name))}
+            given[field.name] = _shrunk(value, f"{key}.{field.name}", ids, inner)
         elif field.name not in own.get("default", {}):
             small = _small(field.name, value, place)
             if small is not _KEEP:
@@ -61,6 +62,8 @@ def _small(name: str, value: Any, place: _Place) -> Any:
     """The tiny value of one attribute, or ``_KEEP``."""
     if name == "rope_parameters":
         return _rope(value, place)
+    if value is None and name in rules.IMAGE_TOKEN_NAMES:
+        return place.ids[_stem(name)]
     if value is None:
         return getattr(place.size, rules.SIZED[name]) if name in rules.SIZED_WHEN_NONE else rules.WHEN_NONE.get(name, _KEEP)
     if isinstance(value, (bool, str)) or name.startswith("_"):
@@ -73,6 +76,8 @@ def _small(name: str, value: Any, place: _Place) -> Any:
     if isinstance(value, (int, float)):
         return _small_number(name, value, place)
     if isinstance(value, (list, tuple)) and len(value) == _depth(place.config):
+        if _is_range(value):
+            return list(range(len(place.kept)))
         sized = rules.SIZED.get(name)
         return [getattr(place.size, sized) if sized else value[j] for j in place.kept]
     return rules.FIXED_LISTS.get(name, _KEEP)
@@ -107,7 +112,7 @@ def _kept_layers(config: Any, size: Size) -> list[int]:
     if not depth:
         return list(range(size.layers))
     lists = [_value(config, field.name) for field in fields(config)]
-    per_layer = [v for v in lists if isinstance(v, (list, tuple)) and len(v) == depth and list(v) != list(range(depth))]
+    per_layer = [v for v in lists if isinstance(v, (list, tuple)) and len(v) == depth and not _is_range(v)]
     overrides = _layer_overrides(config)
     seen: set[str] = set()
     kept: list[int] = []
@@ -130,6 +135,10 @@ def _rope(value: Any, place: _Place) -> Any:
     half = int(place.size.head_dim * value.get("partial_rotary_factor", 1)) // 2
     side = half // 3
     return {**value, "mrope_section": [half - 2 * side, side, side]}
+
+
+def _is_range(values: Sequence[Any]) -> bool:
+    return list(values) == list(range(len(values)))
 
 
 def _value(config: Any, name: str) -> Any:
@@ -179,9 +188,15 @@ def _special_stems(config: Any) -> set[str]:
         value = _value(config, field.name)
         if _is_config(value):
             found |= _special_stems(value)
+        elif field.name in rules.IMAGE_TOKEN_NAMES and value is None:
+            found.add(_stem(field.name))
         elif _is_special(field.name) and any(not 0 <= v < rules.FIRST_WORD for v in _listed(value)):
             found.add(_stem(field.name))
     return found
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
