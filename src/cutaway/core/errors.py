@@ -42,7 +42,8 @@ class CutawayError(Exception):
     def __init__(self, asked: str, found: str, hint: str = "") -> None:
         self.asked, self.found, self.hint = asked, found, hint
         parts = (asked + ": " if asked else "", found, f"; {hint}" if hint else "")
-        super().__init__("".join(parts).rstrip(".") + ".")
+        sentence = "".join(parts).rstrip(".")
+        super().__init__(sentence if sentence.endswith("?") else sentence + ".")
 
     def __reduce__(self) -> tuple[type[CutawayError], tuple[str, str, str]]:
         return type(self), (self.asked, self.found, self.hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -129,6 +129,23 @@ class Inputs:
             )
         return replace(
             self, ids=self.ids.repeat(n, 1), mask=self.mask.repeat(n, 1), tokens=self.tokens * n, roles=self.roles * n
+        )
+
+    def extend(self, ids: Sequence[int], tokens: Sequence[str] = ()) -> Inputs:
+        """Every row with ``ids`` appended as text. Rows must not be padded on the right, and carry no images."""
+        if any(row[-1] != self.ids.shape[1] - 1 for row in self.real):
+            raise InputError("append an answer", "rows are padded on the right", "pad on the left: padding_side='left'")
+        if any(isinstance(v, Tensor) and v.shape[:2] == self.ids.shape for v in self.extra.values()):
+            found = f"these inputs carry {sorted(self.extra)} per position"
+            raise InputError("append an answer", found, "write the answer's first tokens into the prompt")
+        words = tuple(tokens) or tuple(f"#{i}" for i in ids)
+        more = torch.tensor(ids, dtype=self.ids.dtype, device=self.ids.device).expand(len(self), -1)
+        return replace(
+            self,
+            ids=torch.cat([self.ids, more], dim=1),
+            mask=torch.cat([self.mask, torch.ones_like(more, dtype=self.mask.dtype)], dim=1),
+            tokens=tuple(row + words for row in self.tokens),
+            roles=tuple(row + ("text",) * len(words) for row in self.roles),
         )
 
     def kwargs(self, device: torch.device) -> dict[str, Any]:

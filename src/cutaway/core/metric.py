@@ -3,7 +3,7 @@
 Text forms (a token is its string, in quotes when it holds a comma or outer spaces, or ``#id``)::
 
     logit: TOK     logit_diff: A, B     logprob: TOK     prob: TOK     loss: TOK     rank: TOK     accuracy: TOK
-    entropy        kl
+    entropy        kl                   answer: A, B, C  (log-probability of several tokens, teacher-forced)
 
 ``@p`` behind any form reads position p of each row instead of the last: ``"logprob: Paris @3"``.
 All are differentiable but ``rank`` and ``accuracy``. ``kl`` compares with reference logits: ``metric.against(logits)``.
@@ -33,22 +33,22 @@ class Vocabulary(Protocol):
 
 
 class _Form(NamedTuple):
-    n_tokens: int
+    n_tokens: int | None
     unit: str
     whole_vocabulary: bool
     compute: Callable[[Tensor, Sequence[int], Tensor | None], Tensor]
 
 
 def _logprob(logits: Tensor, ids: Sequence[int], _: Tensor | None = None) -> Tensor:
-    return logits[:, ids[0]] - logits.logsumexp(dim=-1)
+    return logits[:, 0, ids[0]] - logits[:, 0].logsumexp(dim=-1)
 
 
-def _rank(logits: Tensor, ids: Sequence[int], _: Tensor | None) -> Tensor:
-    return (logits > logits[:, ids[0] : ids[0] + 1]).sum(dim=-1).to(logits.dtype)
+def _rank(logits: Tensor, ids: Sequence[int], _: Tensor | None = None) -> Tensor:
+    return (logits[:, 0] > logits[:, 0, ids[0] : ids[0] + 1]).sum(dim=-1).to(logits.dtype)
 
 
 def _entropy(logits: Tensor, ids: Sequence[int], _: Tensor | None) -> Tensor:
-    logp = logits.log_softmax(dim=-1)
+    logp = logits[:, 0].log_softmax(dim=-1)
     return -(logp.exp() * logp).sum(dim=-1)
 
 
@@ -57,20 +57,26 @@ def _kl(logits: Tensor, ids: Sequence[int], reference: Tensor | None) -> Tensor:
         raise ParameterError(
             "metric 'kl'", "it has nothing to compare with", "give reference logits: metric.against(logits)"
         )
-    p, q = reference.to(logits).log_softmax(dim=-1), logits.log_softmax(dim=-1)
+    p, q = reference.to(logits)[:, 0].log_softmax(dim=-1), logits[:, 0].log_softmax(dim=-1)
     return (p.exp() * (p - q)).sum(dim=-1)
 
 
+def _answer(logits: Tensor, ids: Sequence[int], _: Tensor | None) -> Tensor:
+    chosen = torch.tensor(ids, device=logits.device).expand(logits.shape[0], -1)[..., None]
+    return logits.log_softmax(dim=-1).gather(-1, chosen).sum(dim=(1, 2))
+
+
 FORMS: dict[str, _Form] = {
-    "logit": _Form(1, "logits", False, lambda x, i, _: x[:, i[0]]),
-    "logit_diff": _Form(2, "logits", False, lambda x, i, _: x[:, i[0]] - x[:, i[1]]),
+    "logit": _Form(1, "logits", False, lambda x, i, _: x[:, 0, i[0]]),
+    "logit_diff": _Form(2, "logits", False, lambda x, i, _: x[:, 0, i[0]] - x[:, 0, i[1]]),
     "logprob": _Form(1, "nats", True, _logprob),
     "prob": _Form(1, "probability", True, lambda x, i, _: _logprob(x, i).exp()),
     "loss": _Form(1, "nats", True, lambda x, i, _: -_logprob(x, i)),
     "rank": _Form(1, "rank (0 = first)", True, _rank),
-    "accuracy": _Form(1, "fraction", True, lambda x, i, _: (_rank(x, i, None) == 0).to(x.dtype)),
+    "accuracy": _Form(1, "fraction", True, lambda x, i, _: (_rank(x, i) == 0).to(x.dtype)),
     "entropy": _Form(0, "nats", True, _entropy),
     "kl": _Form(0, "nats", True, _kl),
+    "answer": _Form(None, "nats", True, _answer),
 }
 
 
@@ -100,9 +106,11 @@ class Metric:
                 nearest(self.form, FORMS) or f"metrics: {', '.join(FORMS)}",
             )
         need = FORMS[self.form].n_tokens
-        if len(self.ids) != need:
+        if len(self.ids) != need if need is not None else not self.ids:
             raise ParameterError(
-                f"metric {self.form!r}", f"it takes {need} tokens and got {len(self.ids)}", "write 'logit_diff: A, B'"
+                f"metric {self.form!r}",
+                f"it takes {need or 'some'} tokens and got {len(self.ids)}",
+                "write 'logit_diff: A, B'",
             )
 
     @staticmethod
@@ -128,23 +136,29 @@ class Metric:
         return not FORMS[self.form].whole_vocabulary
 
     def against(self, reference: Tensor) -> Metric:
-        """This metric compared with ``reference`` [rows, vocab] logits at the read position."""
+        """This metric compared with ``reference`` [rows, 1, vocab] logits of the read position."""
         return replace(self, reference=reference.detach())
 
-    def rows(self, inputs: Inputs) -> list[int]:
-        """Padded position that is read in each row."""
+    def prepare(self, inputs: Inputs) -> Inputs:
+        """The inputs to run: for ``answer`` all its tokens but the last are appended, else ``inputs`` themselves."""
+        return inputs.extend(self.ids[:-1]) if self.form == "answer" and len(self.ids) > 1 else inputs
+
+    def reads(self, inputs: Inputs) -> list[list[int]]:
+        """Padded positions that are read in each row of the prepared inputs."""
+        if self.form == "answer":
+            return [row[-len(self.ids) :] for row in inputs.real]
         if self.position is None:
-            return inputs.last
-        return [row[0] for row in inputs.select(Items.of(self.position), f"metric '{self}'")]
+            return [[p] for p in inputs.last]
+        return inputs.select(Items.of(self.position), f"metric '{self}'")
 
     def of(self, logits: Tensor) -> Tensor:
-        """[rows] the metric of [rows, vocab] logits of the read positions."""
+        """[rows] the metric of [rows, read, vocab] logits of the read positions."""
         return FORMS[self.form].compute(logits.float(), self.ids, self.reference)
 
     def __call__(self, logits: Tensor, inputs: Inputs) -> Tensor:
-        """[batch] the metric of [batch, pos, vocab] logits."""
-        at = torch.tensor(self.rows(inputs), device=logits.device)
-        return self.of(logits[torch.arange(len(inputs), device=logits.device), at])
+        """[batch] the metric of [batch, pos, vocab] logits of the prepared inputs."""
+        at = torch.tensor(self.reads(inputs), device=logits.device)
+        return self.of(logits[torch.arange(len(inputs), device=logits.device)[:, None], at])
 
     def __str__(self) -> str:
         words = self.words or tuple(f"#{i}" for i in self.ids)

@@ -1,0 +1,317 @@
+"""Model: one Hugging Face module, watched but never rewritten."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cutaway.core.errors import InputError, ModelError, UnsupportedError, WeightsError
+from cutaway.core.inputs import Inputs
+from cutaway.core.intervention import Intervention, parse_intervention
+from cutaway.core.metric import Metric
+from cutaway.core.site import Site, SiteLike, parse_sites
+from cutaway.core.trace import Trace
+from cutaway.models.encode import Encoder
+from cutaway.models.plan import Anatomy, Layer
+from cutaway.models.probe import probe
+from cutaway.models.region import Window
+from cutaway.models.watch import Stop, Watch
+
+InterventionLike = Intervention | str
+
+
+class Model:
+    """A Hugging Face module with its tokenizer or processor.
+
+    Args:
+        hf: any causal-LM or image-text-to-text module. It is put in no mode and never changed.
+        processor: its tokenizer or processor; without one, inputs are token ids.
+        name: how results call it; the folder or hub id it came from.
+    """
+
+    def __init__(self, hf: nn.Module, processor: Any = None, name: str = "") -> None:
+        if not isinstance(hf, nn.Module) or not hasattr(hf, "config"):
+            raise ModelError("Model(hf)", f"got {type(hf).__name__}", "give a Hugging Face model, or call cutaway.load")
+        self.hf = hf
+        self.name = name or getattr(hf.config, "name_or_path", "") or type(hf).__name__
+        self.encoder = Encoder(hf, processor)
+        self._anatomy: Anatomy | None = None
+        self._takes_cache = "use_cache" in inspect.signature(hf.forward).parameters
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+    @property
+    def processor(self) -> Any:
+        """The tokenizer or processor; None when inputs are token ids."""
+        return self.encoder.processor
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs go: the device of its token embedding."""
+        embeddings = self.hf.get_input_embeddings()  # type: ignore[operator]
+        return next((p.device for p in embeddings.parameters()), next(self.hf.parameters()).device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of its weights."""
+        return next(p.dtype for p in self.hf.parameters() if p.is_floating_point())
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the language model."""
+        return len(self.anatomy().stacks[""])
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """Plans of the language model's layers."""
+        return self.anatomy().stacks[""]
+
+    @cached_property
+    def digest(self) -> str:
+        """Short hash of the configuration and of a sample of every weight."""
+        h = hashlib.sha256(type(self.hf).__name__.encode())
+        for name, weight in self.hf.state_dict().items():
+            flat = weight.detach().flatten()
+            step = max(1, flat.numel() // 256)
+            sample = flat[::step].float().cpu().numpy().tobytes()
+            h.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample)
+        return h.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {type(self.hf).__name__}, {self.dtype}, {self.device})"
+
+    # -- inputs -------------------------------------------------------------------------------------------------------
+    def inputs(self, prompt: Any, image: Any = None, *, padding_side: str = "right", template: bool = False) -> Inputs:
+        """Inputs of a text, a list of texts, token ids, or Inputs (returned as they are); see ``Encoder.encode``."""
+        return self.encoder.encode(prompt, image, padding_side=padding_side, template=template)
+
+    def token(self, text: str | int) -> int:
+        """The id of one token: its string, ``#11``, or an int. TokenError when the text is none or several."""
+        return self.encoder.token(text)
+
+    def decode(self, token: int) -> str:
+        """The string of a token id; ``#11`` without a tokenizer."""
+        return self.encoder.decode(token)
+
+    def metric(self, metric: str | Metric) -> Metric:
+        """The metric of a text form, or ``metric`` itself."""
+        return metric if isinstance(metric, Metric) else Metric.parse(metric, self.encoder)
+
+    # -- structure ----------------------------------------------------------------------------------------------------
+    def anatomy(self, inputs: Inputs | None = None) -> Anatomy:
+        """The structure of the model, read from one watched forward pass and checked at first use.
+
+        The vision tower is read when ``inputs`` bring an image for the first time.
+
+        Raises:
+            UnsupportedError: the structure is not understood, or watching changes the logits.
+            WeightsError: weights are not finite.
+        """
+        images = inputs is not None and bool(inputs.extra)
+        if self._anatomy is None or (images and "vision" not in self._anatomy.stacks):
+            sample = inputs if images and inputs is not None else self.encoder.sample()
+            known = self._anatomy
+            self._anatomy = probe(self.hf, self._kwargs(sample))
+            if known is None:
+                self._self_check(sample)
+        return self._anatomy
+
+    def _self_check(self, sample: Inputs) -> None:
+        anatomy = self._anatomy
+        if anatomy is None:
+            return
+        with torch.no_grad():
+            plain = self.hf(**self._kwargs(sample)).logits
+        if not bool(torch.isfinite(plain).all()):
+            bad = next((n for n, p in self.hf.named_parameters() if not bool(torch.isfinite(p).all())), "")
+            found = (
+                f"{bad} holds NaN or infinite values" if bad else "its logits are not finite although its weights are"
+            )
+            raise WeightsError(f"model {self.name!r}", found, "load the weights again, or another dtype")
+        kinds = {k for layer in anatomy.stacks[""] for k in (*layer.read, "attn.z", "attn.q") if layer.has(k)}
+        watched = self.trace(sample, want=[f"L*.{k}" for k in sorted(kinds)]).logits
+        if watched is None or not torch.equal(watched, plain):
+            worst = float("nan") if watched is None else float((watched - plain).abs().max())
+            self._anatomy = None
+            raise UnsupportedError(
+                f"watch {type(self.hf).__name__}",
+                f"its logits change by {worst:.3g} when watched",
+                "run 'cutaway doctor'",
+            )
+
+    def expand(self, sites: SiteLike | Iterable[SiteLike], inputs: Inputs | None = None) -> list[Site]:
+        """The concrete sites (one layer each) that ``sites`` name in this model."""
+        anatomy = self.anatomy(inputs)
+        return [concrete for site in parse_sites(sites) for concrete in anatomy.expand(site, self.name)]
+
+    # -- running ------------------------------------------------------------------------------------------------------
+    def _kwargs(self, inputs: Inputs) -> dict[str, Any]:
+        return {**inputs.kwargs(self.device), **({"use_cache": False} if self._takes_cache else {})}
+
+    def __call__(self, inputs: Any) -> Tensor:
+        """[batch, pos, vocab] logits of a plain forward pass."""
+        with torch.no_grad():
+            logits: Tensor = self.hf(**self._kwargs(self.inputs(inputs))).logits
+        return logits
+
+    def trace(
+        self,
+        inputs: Any,
+        want: SiteLike | Iterable[SiteLike] = (),
+        do: InterventionLike | Iterable[InterventionLike] = (),
+        grad: bool | str | Metric = False,
+        *,
+        stop: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Trace:
+        """One watched forward pass: activations at ``want``, with ``do`` applied, and the logits.
+
+        Args:
+            inputs: a prompt, ids, or Inputs.
+            want: sites to keep, e.g. ``"L*.resid_post, L3.attn.pattern[0-3]"``.
+            do: interventions, or their text forms. Activations are kept as they are after them.
+            grad: a metric (or its text): its gradient at every wanted site is in ``trace.grads``. True keeps the graph.
+            stop: leave after the last layer that is wanted; ``logits`` is then None.
+            device, dtype: of the stored activations; the model stays where it is.
+
+        Raises:
+            SiteError, InputError, InterventionError, UnsupportedError.
+        """
+        batch = self.inputs(inputs)
+        metric = self.metric(grad) if isinstance(grad, str | Metric) else None
+        if metric is not None:
+            batch = metric.prepare(batch)
+        sites = self.expand(want, batch)
+        watch = Watch(
+            self.hf,
+            self.anatomy(batch),
+            sites,
+            self._do(do, batch),
+            window=Window(batch, batch.real),
+            attached=bool(grad),
+            device=torch.device(device) if device is not None else None,
+            dtype=dtype,
+            stop=stop and bool(sites) and not grad,
+        )
+        logits: Tensor | None = None
+        with torch.set_grad_enabled(bool(grad)), watch:
+            try:
+                logits = self.hf(**self._kwargs(batch)).logits
+            except Stop:
+                logits = None
+        missing = [s for s in sites if s not in watch.values]
+        if missing:
+            needs = "it did not run: the inputs bring no image" if not batch.extra else "it did not run in this pass"
+            raise InputError(f"site '{missing[0]}'", needs, "give an image" if not batch.extra else "name another site")
+        n = len(watch.anatomy.stacks[""])
+        if metric is None or logits is None:
+            return Trace(batch, watch.values, logits, n_layers=n)
+        return self._with_gradients(watch, batch, logits, metric, n)
+
+    def _with_gradients(self, watch: Watch, batch: Inputs, logits: Tensor, metric: Metric, n: int) -> Trace:
+        value = metric(logits, batch)
+        raw = {site: tensor for site, (tensor, _) in watch.raw.items()}
+        found = torch.autograd.grad(value.sum(), list(raw.values()), allow_unused=True)
+        grads = {
+            site: watch.raw[site][1](torch.zeros_like(raw[site]) if g is None else g).detach()
+            for site, g in zip(raw, found, strict=True)
+        }
+        values = {site: x.detach() for site, x in watch.values.items()}
+        return Trace(batch, values, logits.detach(), grads, value.detach(), n_layers=n)
+
+    def _do(
+        self, do: InterventionLike | Iterable[InterventionLike], inputs: Inputs | None = None
+    ) -> list[tuple[Site, Intervention]]:
+        items = [do] if isinstance(do, str | Intervention) else list(do)
+        parsed = [parse_intervention(item) if isinstance(item, str) else item for item in items]
+        return [(site, item) for item in parsed for site in self.expand(item.site, inputs)]
+
+    @contextmanager
+    def doing(self, do: InterventionLike | Iterable[InterventionLike]) -> Iterator[Model]:
+        """Interventions around any code that runs ``self.hf``, ``generate`` with its KV cache included.
+
+        Positive positions count the real tokens from the start of each row; negative ones count from the end of what
+        each call sees, so ``@-1`` acts on every generated token.
+        """
+        watch = Watch(self.hf, self.anatomy(), (), self._do(do), window=Window(None, [], growing=True))
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watch.window = _window(args, kwargs)
+
+        handle = self.hf.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            with watch:
+                yield self
+        finally:
+            handle.remove()
+
+    # -- weights and readout ------------------------------------------------------------------------------------------
+    def weight(self, site: SiteLike) -> Tensor:
+        """What the named neurons or heads write into the residual stream, before any norm on the way.
+
+        ``L3.mlp.act[7]``: [neuron, d_model]. ``L3.attn.z[5]``: [head, d_value, d_model].
+
+        Raises:
+            UnsupportedError: other kinds, or a layer whose output matrix is not one module.
+        """
+        (concrete,) = self.expand(site)
+        layer = self.anatomy().stacks[concrete.scope][concrete.layer]
+        path = {"mlp.act": layer.w_out, "attn.z": layer.w_o}.get(concrete.kind, "")
+        if not path:
+            raise UnsupportedError(f"weight '{concrete}'", "it has no single output matrix", "name mlp.act or attn.z")
+        module = self.hf.get_submodule(path)
+        matrix: Tensor = module.weight  # type: ignore[assignment]
+        rows = matrix if is_transposed(module) else matrix.T
+        if concrete.kind == "attn.z" and layer.attention is not None:
+            rows = rows.reshape(layer.attention.heads, layer.attention.d_value, -1)
+        if concrete.index is None:
+            return rows.detach()
+        return rows[concrete.index.resolve(rows.shape[0], "index", f"weight '{concrete}'")].detach()
+
+    def readout(self, resid: Tensor) -> Tensor:
+        """[..., vocab] log-probabilities of residual states [..., d_model], through the model's own norm and head.
+
+        Raises:
+            UnsupportedError: the way from the last residual stream to the logits could not be told.
+        """
+        return self.unembed(resid).float().log_softmax(dim=-1)
+
+    def unembed(self, resid: Tensor) -> Tensor:
+        """[..., vocab] logits of residual states [..., d_model], through the model's own norm and head."""
+        anatomy = self.anatomy()
+        if "readout" in anatomy.refused:
+            raise UnsupportedError(
+                f"readout of {type(self.hf).__name__}", anatomy.refused["readout"], "read sites instead"
+            )
+        x = resid.to(self.device, self.dtype).reshape(1, -1, resid.shape[-1])
+        with torch.no_grad():
+            for step in anatomy.tail:
+                x = step.run(self.hf, x)
+        return x.reshape(*resid.shape[:-1], x.shape[-1])
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear module keeps its weight as [in, out] (GPT-2's Conv1D) and not [out, in]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _window(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Window:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    seen = ids if ids is not None else kwargs.get("inputs_embeds")
+    if seen is None:
+        return Window(None, [], growing=True)
+    rows, length = seen.shape[:2]
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        real = [row.nonzero().flatten().tolist() for row in mask.cpu()]
+        return Window(None, real, start=mask.shape[1] - length, growing=True)
+    cache = kwargs.get("past_key_values")
+    start = int(cache.get_seq_length()) if cache is not None else 0
+    return Window(None, [list(range(start + length))] * rows, start=start, growing=True)

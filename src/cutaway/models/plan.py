@@ -1,0 +1,173 @@
+"""What is known of a model's structure: for each site, the tap where it is read and written, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from cutaway.core.errors import SiteMissingError, nearest
+from cutaway.core.site import KINDS, Site
+from cutaway.models.recorder import OpKey
+
+AttentionStyle = Literal["interface", "sdpa", "inline"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One place where a tensor passes by.
+
+    Attributes:
+        where: "in" / "out" of a module, or "op": the result of a torch call in a module's own forward.
+        module: path of the module (of the call's owner).
+        slot: index or keyword of the argument, index in a returned tuple, None for a lone tensor.
+        op: which call, for "op".
+        clone: later calls write over this tensor, so a reader must copy it.
+    """
+
+    where: Literal["in", "out", "op"]
+    module: str
+    slot: int | str | None = None
+    op: OpKey | None = None
+    clone: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How a layer attends: the module, the style of its call, and the sizes of its heads."""
+
+    module: str
+    style: AttentionStyle
+    heads: int
+    kv_heads: int
+    d_head: int
+    d_value: int
+    calls: int = 1
+    z_heads_first: bool = False
+    flat: bool = False
+    keys: Mapping[str, OpKey] = field(default_factory=dict)
+    scores_refused: str = ""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its taps, its writing matrices, what is refused and why.
+
+    Attributes:
+        path: module path of the layer.
+        read, write: tap per site kind; kinds of attention's insides and of experts are not in them.
+        attention: how it attends; None when it has no attention.
+        experts: path of the experts module; "" when it has none.
+        w_out, w_o: paths of the linear modules that write mlp.act and attn.z into the residual stream.
+        norms: module path of the norm applied to the sum (post-norm layers), per "attn" / "mlp".
+        parallel: attention and MLP read the same state, so there is no resid_mid.
+        d_model, d_mlp, n_experts, d_expert: sizes; 0 where there is none.
+        refused: reason per site kind.
+    """
+
+    path: str
+    read: Mapping[str, Tap]
+    write: Mapping[str, Tap]
+    attention: Attention | None
+    experts: str
+    w_out: str
+    w_o: str
+    norms: Mapping[str, str]
+    parallel: bool
+    d_model: int
+    d_mlp: int
+    n_experts: int
+    d_expert: int
+    refused: Mapping[str, str]
+
+    def has(self, kind: str) -> bool:
+        """Whether a layered site kind is here."""
+        return kind not in self.refused
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step from the last residual stream to the logits: a module, or a torch call with constants."""
+
+    module: str = ""
+    call: tuple[Callable[..., Any], Sequence[Any], Mapping[str, Any]] | None = None
+    slot: int = 0
+
+    def run(self, root: nn.Module, x: Tensor) -> Tensor:
+        """The step applied to ``x``."""
+        if self.call is None:
+            out: Tensor = root.get_submodule(self.module)(x)
+            return out
+        func, args, kwargs = self.call
+        result: Tensor = func(*[x if i == self.slot else a for i, a in enumerate(args)], **kwargs)
+        return result
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The structure of a model, as one watched forward pass showed it.
+
+    Attributes:
+        stacks: layers by scope: "" the language model, "vision" the vision tower.
+        taps: tap per kind that is in no layer (embed, final_norm, projector).
+        tail: steps from the last resid_post to the logits; empty when they could not be told.
+        refused: reason per kind that is in no layer; "readout" for the tail.
+        d_model: width of the language model's residual stream.
+    """
+
+    stacks: Mapping[str, tuple[Layer, ...]]
+    taps: Mapping[str, Tap]
+    tail: tuple[Step, ...]
+    refused: Mapping[str, str]
+    d_model: int
+
+    def layers(self, scope: str, site: str = "") -> tuple[Layer, ...]:
+        """The layers of a scope; SiteMissingError naming the scopes there are."""
+        if scope not in self.stacks:
+            have = [f"'{s}/'" if s else "no prefix (the language model)" for s in self.stacks]
+            raise SiteMissingError(
+                f"site '{site}'", f"the model has no layers in scope {scope!r}", f"scopes: {', '.join(have)}"
+            )
+        return self.stacks[scope]
+
+    def expand(self, site: Site, name: str) -> list[Site]:
+        """The concrete sites that ``site`` names, one per layer.
+
+        ``L*`` skips layers that lack the kind as long as one layer has it. Raises SiteMissingError with the reason and
+        SiteRangeError for layers, heads or neurons that are not there.
+        """
+        kind = KINDS[site.kind]
+        if not kind.layered:
+            if site.kind not in self.taps:
+                why = self.refused.get(site.kind, "it was not seen in the forward pass")
+                have = [k for k in self.taps if k != site.kind]
+                raise SiteMissingError(f"site '{site}' of {name}", why, nearest(str(site), have))
+            return [site]
+        layers = self.layers(site.scope, str(site))
+        concrete = site.expand(len(layers))
+        here = [s for s in concrete if layers[s.layer].has(s.kind)]
+        if not here or (site.layers is not None and len(here) < len(concrete)):
+            missing = next(s for s in concrete if not layers[s.layer].has(s.kind))
+            have = sorted(k for k in KINDS if KINDS[k].layered and layers[missing.layer].has(k))
+            why = layers[missing.layer].refused[missing.kind]
+            raise SiteMissingError(
+                f"site '{missing.whole()}' of {name}", why, f"layer {missing.layer} has {', '.join(have)}"
+            )
+        for s in here:
+            if s.index is not None and kind.index_axis:
+                s.index.resolve(self.size(s), kind.index_axis, f"site '{s}'")
+            if s.inner is not None:
+                s.inner.resolve(layers[s.layer].d_expert, "neuron", f"site '{s}'")
+        return here
+
+    def size(self, site: Site) -> int:
+        """How many heads, neurons or experts a concrete site has on its index axis."""
+        layer = self.layers(site.scope, str(site))[site.layer]
+        attention = layer.attention
+        sizes = {"mlp.act": layer.d_mlp, "expert.gate": layer.n_experts, "expert.act": layer.n_experts}
+        if attention is not None:
+            by_query = dict.fromkeys(("attn.q", "attn.scores", "attn.pattern", "attn.z"), attention.heads)
+            sizes |= by_query | dict.fromkeys(("attn.k", "attn.v"), attention.kv_heads)
+        return sizes[site.kind]
