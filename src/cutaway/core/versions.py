@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import platform
+import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-_LIBRARIES = ("cutaway", "torch", "transformers", "numpy")
+_LIBRARIES = ("torch", "transformers", "numpy")
 
 
 @cache
 def _installed() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    cutaway = sys.modules[__name__.partition(".")[0]]
+    found = {"python": platform.python_version(), "cutaway": cutaway.__version__}
     for name in _LIBRARIES:
         try:
             found[name] = version(name)

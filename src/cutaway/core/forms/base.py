@@ -48,11 +48,13 @@ class Form:
         name: one word for tables and ``--help``.
         says: how it is written, with an example.
         many: the command line may give it several times.
+        from_file: the command line may name a file that holds it, as ``@FILE``.
     """
 
     name: str = "text"
     says: str = ""
     many: bool = False
+    from_file: bool = False
 
     def parse(self, text: str) -> Any:
         """The value that ``text`` stands for, before any model is known."""

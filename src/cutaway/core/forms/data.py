@@ -16,7 +16,7 @@ _IDS = re.compile(r"\s*#\d+(?:\s+#\d+)*\s*")
 class PromptForm(Form):
     """One prompt. A text that would read as ids is written with a backslash before it: ``\\#12`` is the text '#12'."""
 
-    name, says = "prompt", "its text, or token ids as '#12 #7 #99'"
+    name, says, from_file = "prompt", "its text, or token ids as '#12 #7 #99'", True
 
     def parse(self, text: str) -> Any:
         if _IDS.fullmatch(text):
@@ -58,7 +58,8 @@ class PromptForm(Form):
 class PromptsForm(Form):
     """One prompt or several."""
 
-    name, says, many = "prompts", """a prompt or a JSON list of them ["one", "two"]; ids as '#12 #7 #99'""", True
+    name, many, from_file = "prompts", True, True
+    says = """a prompt or a JSON list of them ["one", "two"]; ids as '#12 #7 #99'"""
     one = PromptForm()
 
     def parse(self, text: str) -> tuple[Any, ...]:

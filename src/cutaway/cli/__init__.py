@@ -1,0 +1,58 @@
+"""The command line: ``cutaway METHOD MODEL --prompt ...``. Standard output carries results, nothing else does."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+from cutaway.core.errors import CutawayError
+
+UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+TRACEBACK = "--traceback"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of a command line; errors are one sentence on standard error."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    wants_traceback = TRACEBACK in words
+    words = [word for word in words if word != TRACEBACK]
+    try:
+        return _run(words or ["--help"])
+    except KeyboardInterrupt:
+        return _failed("interrupted", INTERRUPTED)
+    except CutawayError as error:
+        message, code = str(error), error.exit_code
+    except Exception as error:  # the last line before the user: every error becomes a sentence
+        message, code = f"{type(error).__name__}: {error}; run with {TRACEBACK} to see it", UNEXPECTED
+        if isinstance(error, ImportError) and error.name in ("typer", "rich"):
+            raise
+    if wants_traceback:
+        traceback.print_exc()
+    return _failed(message, code)
+
+
+def _run(words: list[str]) -> int:
+    from typer import Abort
+    from typer.exceptions import TyperException
+    from typer.main import get_command
+
+    from cutaway.cli.app import app
+
+    try:
+        code = get_command(app(words)).main(words, prog_name="cutaway", standalone_mode=False)
+    except TyperException as error:  # words that no command understands
+        return _failed(error.format_message(), error.exit_code)
+    except Abort:
+        return _failed("interrupted", INTERRUPTED)
+    if code == INTERRUPTED:  # Typer turns Ctrl-C into this code and says nothing
+        return _failed("interrupted", INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def _failed(message: str, code: int) -> int:
+    from cutaway.cli.output import complain
+
+    complain(" ".join(message.split()))
+    return code

@@ -1,0 +1,185 @@
+"""The commands. Method commands come from the catalog; none is named here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from cutaway import catalog
+from cutaway.cli.method_command import function_of, help_of
+from cutaway.cli.options import (
+    Device,
+    Dtype,
+    Folder,
+    Json,
+    ModelRef,
+    Out,
+    Overwrite,
+    Revision,
+    TrustPickle,
+    load_model,
+)
+from cutaway.cli.output import check_targets, deliver, show, show_json, show_rows
+
+DESCRIPTION = """Look inside language and vision-language models: see, locate, prove, change, verify, follow.
+
+A MODEL is a specimen that comes with Cutaway ('cutaway specimens'), a folder, or a hub id."""
+DIFFERENT = 1
+
+
+def app(words: Sequence[str] = ()) -> typer.Typer:
+    """The command line. Only the method that ``words`` name is imported; of the others the listing is enough."""
+    made = typer.Typer(
+        name="cutaway", help=DESCRIPTION, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+    )
+    made.callback()(everywhere)
+    wanted = next((word for word in words if not word.startswith("-")), "")
+    for name, head in catalog.headlines().items():
+        panel = f"Methods: {head.stage}"
+        if name == wanted:
+            record = catalog.get(name)
+            made.command(name, help=help_of(record), rich_help_panel=panel)(function_of(record))
+        else:
+            made.command(name, help=escape(head.summary), rich_help_panel=panel)(_listed)
+    for panel, commands in FIXED.items():
+        for name, function in commands.items():
+            made.command(name, rich_help_panel=panel)(function)
+    specimen = typer.Typer(name="specimen", help="One of the models that come with Cutaway.", rich_markup_mode="rich")
+    specimen.callback()(_listed)
+    specimen.command("show")(specimen_show)
+    made.add_typer(specimen, rich_help_panel="Models")
+    return made
+
+
+def everywhere(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    """Read by ``main`` before the words are parsed, so that it may stand anywhere; here for the help."""
+
+
+def _listed() -> None:
+    """A command that is listed and not run."""
+
+
+def sites(
+    model: ModelRef,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_pickle: TrustPickle = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Every site of a model: shape with named axes, equation, foreign names."""
+    check_targets(out or [], overwrite)
+    from cutaway.models.sites import site_table
+
+    deliver_rows(site_table(load_model(model, dtype, device, revision, trust_pickle)), out or [], json, overwrite)
+
+
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="What to verify.")] = None,
+    architectures: Annotated[bool, typer.Option("--architectures", help="Verify every class of transformers.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_pickle: TrustPickle = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Verify that what is read from a model is what it computes."""
+    if architectures == (model is not None):
+        raise typer.BadParameter("give a MODEL, or --architectures for all classes")
+    check_targets(out or [], overwrite)
+    from cutaway.models import doctor as ward
+
+    if model is None:
+        report = ward.doctor_architectures()
+    else:
+        report = ward.doctor(load_model(model, dtype, device, revision, trust_pickle))
+    deliver_rows(report, out or [], json, overwrite)
+
+
+def rerun(
+    folder: Folder,
+    model: Annotated[str | None, typer.Option("--model", help="The model, where the result cannot name it.")] = None,
+    rtol: Annotated[float, typer.Option(help="Largest relative difference that counts as equal.")] = 1e-5,
+    atol: Annotated[float, typer.Option(help="Largest absolute difference that counts as equal.")] = 1e-6,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_pickle: TrustPickle = False,
+    json: Json = False,
+) -> None:
+    """Make a saved result again and say whether it is equal (exit code 1 when not)."""
+    given = load_model(model, dtype, device, revision, trust_pickle) if model else None
+    again = catalog.rerun(folder, given, rtol, atol)
+    if json:
+        show_json({"equal": again.equal, "differences": again.difference.lines, "notes": again.notes})
+    else:
+        for line in ["equal" if again.equal else "different", *again.difference.lines]:
+            show(escape(line))
+        for note in again.notes:
+            show(escape(f"note: {note}"))
+    if not again.equal:
+        raise typer.Exit(DIFFERENT)
+
+
+def open_saved(folder: Folder, out: Out = None, overwrite: Overwrite = False, json: Json = False) -> None:
+    """Print a saved result, or write it in another form."""
+    from cutaway.results import open_result
+
+    check_targets(out or [], overwrite)
+    deliver(open_result(folder), out or [], json, overwrite)
+
+
+def list_methods(json: Json = False) -> None:
+    """The methods, by stage."""
+    rows = [{"method": h.name, "stage": h.stage, "summary": h.summary} for h in catalog.headlines().values()]
+    show_rows(rows, json)
+
+
+def list_specimens(json: Json = False) -> None:
+    """The models that come with Cutaway."""
+    from cutaway import specimens
+
+    cards = [specimens.card(name) for name in specimens.names()]
+    rows = [{"specimen": c.name, "parameters": c.parameters, "what it is": c.title} for c in cards]
+    show_rows(rows, json)
+
+
+def specimen_show(name: Annotated[str, typer.Argument(metavar="NAME")], json: Json = False) -> None:
+    """The card of a specimen: what it can do, how it was made, what is known about its insides."""
+    from cutaway import specimens
+
+    card = specimens.card(name)
+    if json:
+        show_json(card)
+    else:
+        from dataclasses import asdict
+
+        show_rows([{"what": key, "value": value} for key, value in asdict(card).items()], False)
+
+
+def version(json: Json = False) -> None:
+    """Versions of Cutaway and of what decides its numbers."""
+    from cutaway.core.versions import versions
+
+    found = versions()
+    if json:
+        show_json(found)
+    else:
+        show_rows([{"name": name, "version": number} for name, number in found.items()], False)
+
+
+FIXED: dict[str, dict[str, Callable[..., None]]] = {
+    "Models": {"sites": sites, "doctor": doctor, "specimens": list_specimens},
+    "Results": {"open": open_saved, "rerun": rerun},
+    "About": {"methods": list_methods, "version": version},
+}
+"""Commands that are no methods, by the panel they are listed in."""

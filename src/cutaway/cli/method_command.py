@@ -1,0 +1,103 @@
+"""The command of a method: its options are its parameters."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from cutaway.cli.options import SHARED, ModelRef, load_model
+from cutaway.cli.output import check_targets, deliver
+from cutaway.core.errors import InputError, MethodError
+from cutaway.core.forms.base import Form
+from cutaway.core.method import Method, Parameter
+
+PARAMETERS = "Parameters"
+
+
+def function_of(record: Method) -> Callable[..., None]:
+    """A function for Typer: the model, the method's parameters, and what every command has.
+
+    Raises:
+        MethodError: a parameter of the method has the name of an option that every command has.
+    """
+    clash = sorted(record.parameters.keys() & (SHARED.keys() | {"model", "help", "traceback"}))
+    if clash:
+        raise MethodError(
+            f"method {record.name!r}", f"every command has an option {clash[0]!r}", "rename its parameter"
+        )
+
+    def call(**given: Any) -> None:
+        out, overwrite = given.pop("out") or [], given.pop("overwrite")
+        as_json = given.pop("json")
+        params = {
+            name: text_of(parameter.form, given[name])
+            for name, parameter in record.parameters.items()
+            if given[name] is not None and given[name] != []
+        }
+        record.bind((), params)
+        check_targets(out, overwrite)
+        loading = {name: given[name] for name in ("dtype", "device", "revision", "trust_pickle")}
+        result = record.run(load_model(given["model"], **loading), **params)
+        deliver(result, out, as_json, overwrite)
+
+    asked: list[tuple[str, Any, Any]] = [("model", ModelRef, inspect.Parameter.empty)]
+    for name, parameter in record.parameters.items():
+        default = inspect.Parameter.empty if parameter.required else None
+        asked.append((name, option_of(parameter), default))
+    asked += [(name, annotation, default) for name, (annotation, default) in SHARED.items()]
+    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a) for n, a, d in asked]
+    )
+    call.__annotations__ = {name: annotation for name, annotation, _ in asked}
+    return call
+
+
+def option_of(parameter: Parameter) -> Any:
+    """The annotation that makes Typer's option of a parameter. Every value is taken as text; the form reads it."""
+    form, flag = parameter.form, "--" + parameter.name.replace("_", "-")
+    switch = form.name == "switch"
+    says = " ".join(part for part in (parameter.help, f"({form.says})" if form.says and not switch else "") if part)
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if switch else flag,
+        help=escape(says),
+        metavar=None if switch else form.name.upper().replace(" ", "_"),
+        show_default=escape(parameter.default_text) if parameter.default_text else False,
+        rich_help_panel=PARAMETERS,
+    )
+    kind: Any = bool if switch else list[str] if form.many else str
+    return Annotated[kind if parameter.required else kind | None, option]
+
+
+def text_of(form: Form, given: Any) -> Any:
+    """What was typed, as the parameter takes it: ``@FILE`` read, one of a repeatable option as its text form."""
+    words = given if isinstance(given, list) else [given]
+    if form.from_file:
+        words = [line for word in words for line in _from_file(word, form.many)]
+    return words[0] if len(words) == 1 else words
+
+
+def _from_file(word: str, lines: bool) -> list[str]:
+    if not word.startswith("@"):
+        return [word[1:] if re.match(r"\\+@", word) else word]
+    try:
+        content = Path(word[1:]).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        hint = rf"for a text that begins with @, write '\{word[:12]}'"
+        raise InputError(f"the file of {word!r}", f"it cannot be read ({reason})", hint) from None
+    found = [line for line in content.splitlines() if line] if lines else [content.removesuffix("\n")]
+    if not found:
+        raise InputError(f"the file of {word!r}", "it is empty", "give one prompt per line")
+    return found
+
+
+def help_of(record: Method) -> str:
+    """The docstring up to its sections, safe for rich."""
+    text = re.split(r"^(?:Args|Returns|Raises|Shapes|Source|Example):", record.doc, maxsplit=1, flags=re.MULTILINE)[0]
+    return escape(text.strip())

@@ -1,0 +1,118 @@
+"""What a command leaves behind: results on standard output and in files, everything else on standard error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Columns
+from rich.text import Text
+
+from cutaway.core.errors import ResultError
+from cutaway.core.result import Result
+
+if TYPE_CHECKING:
+    from cutaway.results.table import Table
+
+
+def complain(sentence: str) -> None:
+    """One red line on standard error."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {sentence}", style="red"))
+
+
+def remark(sentence: str) -> None:
+    """One line on standard error."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(sentence, style="dim"))
+
+
+def show(renderable: Any) -> None:
+    """A rich renderable on standard output."""
+    Console(highlight=False).print(renderable)
+
+
+def show_json(value: Any) -> None:
+    """A value as JSON on standard output; numbers that JSON lacks (NaN, infinity) become null."""
+    sys.stdout.write(json.dumps(_jsonable(value), allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def show_rows(rows: Sequence[Any], as_json: bool) -> None:
+    """A table of equal dataclasses, named tuples or mappings, one line per row."""
+    records = [_record(row) for row in rows]
+    if as_json:
+        show_json(records)
+        return
+    table = Columns(box=None, pad_edge=False, header_style="bold")
+    for name in records[0] if records else ():
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for record in records:
+        table.add_row(*(escape(_words(value)) for value in record.values()))
+    show(table)
+
+
+def check_targets(out: Sequence[Path], overwrite: bool) -> None:
+    """ResultError when one of the places to write to cannot take a result: known before the run, not after it."""
+    from cutaway.results.kind import WRITERS
+
+    for path in out:
+        if path.suffix and path.suffix not in WRITERS:
+            hint = f"use one of {', '.join(WRITERS)}, or a name without a dot for a folder"
+            raise ResultError(f"writing {str(path)!r}", f"there is no writer for {path.suffix!r}", hint)
+        if not path.suffix and not overwrite and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ResultError(f"saving to {str(path)!r}", "it exists", "add --overwrite, or choose another folder")
+
+
+def deliver(result: Result, out: Sequence[Path], as_json: bool, overwrite: bool = False) -> None:
+    """A result in every place asked for: a file by its suffix, a folder without one, and standard output."""
+    _write(result, out, overwrite)
+    if as_json:
+        from cutaway.core.result_file import to_json
+
+        sys.stdout.write(to_json(result) + "\n")
+    else:
+        show(result.summary())
+
+
+def deliver_rows(table: Table, out: Sequence[Path], as_json: bool, overwrite: bool = False) -> None:
+    """As ``deliver``, for a table that is read row by row: standard output shows every row, JSON is a list of them."""
+    _write(table, out, overwrite)
+    show_rows(table.table().to_dict("records"), as_json)
+    for line in () if as_json else (table.check, *table.notes):
+        if line is not None:
+            show(escape(str(line)))
+
+
+def _write(result: Result, out: Sequence[Path], overwrite: bool) -> None:
+    for path in out:
+        written = result.write(path) if path.suffix else result.save(path, overwrite=overwrite)
+        remark(f"wrote {written}")
+
+
+def _record(row: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(row) and not isinstance(row, type):
+        return {each.name: getattr(row, each.name) for each in dataclasses.fields(row)}
+    return dict(row) if isinstance(row, Mapping) else dict(row._asdict())
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list | tuple) and all(isinstance(each, str | int | float) for each in value):
+        return ", ".join(map(str, value))
+    nested = isinstance(value, list | tuple | Mapping)
+    return json.dumps(_jsonable(value), indent=1, ensure_ascii=False) if nested else str(value)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _jsonable(_record(value))
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_jsonable(each) for each in value]
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
