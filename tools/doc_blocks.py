@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from cutaway import catalog
+from cutaway.cli import app
 from cutaway.core import errors, intervention, metric, site
+from cutaway.results import Result
 
 T = TypeVar("T")
 
@@ -80,16 +81,33 @@ def interventions() -> str:
 
 def metrics() -> str:
     """Every metric: its text form and its unit."""
-    tokens = ("", ": A", ": A, B")
+    tokens = {0: "", 1: ": A", 2: ": A, B", None: ": A, B, ..."}
     return table(["metric", "unit"], [[f"`{name}{tokens[f.n_tokens]}`", f.unit] for name, f in metric.FORMS.items()])
 
 
+def result_kinds() -> str:
+    """Every kind of result, with the first sentence of its docstring."""
+    kinds = {name: kind for name, kind in Result.kinds.items() if kind.__module__.startswith("cutaway.results.")}
+    return table(["kind", "what it holds"], [[f"`{kind.__name__}`", first_line(kind)] for kind in kinds.values()])
+
+
 def methods() -> str:
-    """Every method by stage, as the catalog knows them."""
-    if importlib.util.find_spec("cutaway.catalog") is None:
-        return ""
-    catalog = importlib.import_module("cutaway.catalog")
-    return str(catalog.docs_table())
+    """Every method by stage, as the catalog finds them, each linked to its page."""
+    rows = [
+        [head.stage, f"[`{name}`]({name}.md)", head.summary.rstrip(".")] for name, head in catalog.headlines().items()
+    ]
+    return table(["stage", "method", "what comes out"], rows)
+
+
+def commands() -> str:
+    """Every command that is not a method, with the first line of its help."""
+    panels: dict[str, Any] = dict(app.FIXED)
+    rows = [
+        [panel, f"`cutaway {name}`", first_line(function)]
+        for panel, found in panels.items()
+        for name, function in found.items()
+    ]
+    return table(["", "command", "what it does"], rows)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -98,5 +116,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "site kinds": site_kinds,
     "interventions": interventions,
     "metrics": metrics,
+    "result kinds": result_kinds,
     "methods": methods,
+    "commands": commands,
 }
