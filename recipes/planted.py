@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from cutaway.specimens.evaluate import answers
 from cutaway.specimens.making.tokenizers import word_level
 from recipes.publish import publish
-from recipes.wiring import Blueprint, Head, Neuron, build
+from recipes.wiring import EPS, Blueprint, Head, Neuron, build
 
 SUBJECTS = ("Ada", "Bea", "Cal", "Dot")
 RELATIONS = ("plays", "likes")
@@ -40,7 +40,7 @@ DISTRACTION = 1.5
 UP = 0.25  # under a gate, what comes up per unit of the constant direction
 READOUT = 4.0
 BIAS, PRIOR = 0.3, 0.7
-FAMILIES = {"gpt2": 1e-5, "llama": 1e-6, "gemma": 1e-6}  # and the eps of their norms
+FAMILIES = tuple(EPS)
 
 
 def query_neuron(subject: str) -> int:
@@ -147,7 +147,7 @@ class Truth:
 
     def __init__(self, family: str, subject: str, relation: str) -> None:
         self.family, self.subject, self.relation = family, subject, relation
-        self.eps, self.biased = FAMILIES[family], family == "gpt2"
+        self.eps, self.biased = EPS[family], family == "gpt2"
         self.answer = ANSWERS[relation][SUBJECTS.index(subject)]
         prompt = ("<s>", subject, relation)
         enriched = [self._layer_0(Stream(self.eps, embedding(word))) for word in prompt]

@@ -220,6 +220,7 @@ def _llama(plan: Blueprint, family: str, config: dict[str, Any]) -> Any:
     return _load(model, state)
 
 
+EPS = {"gpt2": 1e-5, "llama": 1e-6, "gemma": 1e-6}  # of the norms
 SPECIAL = {"pad": "<pad>", "bos": "<s>", "eos": "</s>"}
 
 # With this base the slowest pair of a head turns by less than 1e-12 per position: nothing, in single precision.

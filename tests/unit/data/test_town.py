@@ -88,7 +88,7 @@ def test_stereotypes_weigh_as_asked():
 @pytest.mark.parametrize("relation", ["city", "home-country", "capital", "plus"])
 def test_pairs_differ_in_subject_and_answer_and_fit(world, relation):
     pairs = world.pairs(relation, count=20)
-    assert len(pairs) == 20
+    assert len(pairs) == (12 if relation == "capital" else 20)  # there are 12 countries
     for pair in pairs:
         assert pair.clean.answer != pair.corrupt.answer
         assert pair.clean.form == pair.corrupt.form == f"{relation}/0"

@@ -7,7 +7,7 @@ from cutaway import specimens
 from cutaway.specimens.evaluate import load_plain
 from recipes import planted
 
-FAMILIES = tuple(planted.FAMILIES)
+FAMILIES = planted.FAMILIES
 PROMPTS = [(s, r) for s in planted.SUBJECTS for r in planted.RELATIONS]
 PARTS = {
     "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),

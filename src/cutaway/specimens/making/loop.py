@@ -87,7 +87,7 @@ def train(
         inputs = {name: value.to(device) for name, value in batch.inputs.items()}
         loss = weighted_loss(model(**inputs).logits, inputs["input_ids"], batch.weights.to(device))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(trained, schedule.clip)
         optimizer.step()
         model.eval()

@@ -25,9 +25,9 @@ class Sentence:
     prompt: int
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[Sentence]:
-    """Each example's text as tokens, without the start token."""
-    whole = tokenizer([e.text for e in examples], add_special_tokens=False)["input_ids"]
+def encode(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], stop: str = ".") -> list[Sentence]:
+    """Each example's prompt, answer and ``stop`` as tokens, without the start token."""
+    whole = tokenizer([e.prompt + e.answer + stop for e in examples], add_special_tokens=False)["input_ids"]
     prompts = tokenizer([e.prompt for e in examples], add_special_tokens=False)["input_ids"]
     return [Sentence(ids, len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
 
@@ -83,13 +83,34 @@ class Mixture:
         return Batch({"input_ids": torch.from_numpy(ids)}, torch.from_numpy(weights))
 
 
+Row = tuple[np.ndarray, np.ndarray]  # ids and weights of one row
+SHORTEST, LONGEST = 5, 20  # tokens of a text that repeats itself
+
+
+def repeat(random: np.random.Generator, ids: np.ndarray, start: int, length: int) -> Row:
+    """A row of ``length`` tokens in which a short random text repeats itself; the first copy weighs nothing."""
+    size = int(random.integers(SHORTEST, LONGEST + 1))
+    period = random.choice(ids, size)
+    row = np.concatenate([[start], np.tile(period, length // size + 1)])[:length]
+    return row, (np.arange(length) > size).astype(np.float32)
+
+
+def stack(rows: Sequence[Row]) -> Batch:
+    """Rows filled at their right to the longest; what is filled in weighs nothing."""
+    length = max(len(row) for row, _ in rows)
+    ids, weights = np.zeros((len(rows), length), dtype=np.int64), np.zeros((len(rows), length), dtype=np.float32)
+    for i, (row, weight) in enumerate(rows):
+        ids[i, : len(row)], weights[i, : len(row)] = row, weight
+    return Batch({"input_ids": torch.from_numpy(ids)}, torch.from_numpy(weights))
+
+
 @torch.no_grad()
 def correct(
-    model: Any, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], *, batch: int = 256
+    model: Any, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], *, stop: str = ".", batch: int = 256
 ) -> list[bool]:
-    """Whether the greedy continuation of each prompt is its answer and a full stop, one per example."""
+    """Whether the greedy continuation of each prompt is its answer and ``stop``, one per example."""
     device = next(model.parameters()).device
-    sentences = encode(tokenizer, examples)
+    sentences = encode(tokenizer, examples, stop)
     groups: dict[tuple[int, int], list[int]] = {}
     for i, sentence in enumerate(sentences):
         groups.setdefault((len(sentence.ids), sentence.prompt), []).append(i)
@@ -104,7 +125,7 @@ def correct(
     return right
 
 
-def accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, examples: Iterable[Example]) -> float:
+def accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, examples: Iterable[Example], *, stop: str = ".") -> float:
     """Share of the examples whose greedy continuation is right; NaN for none."""
-    marks = correct(model, tokenizer, list(examples))
+    marks = correct(model, tokenizer, list(examples), stop=stop)
     return sum(marks) / len(marks) if marks else float("nan")

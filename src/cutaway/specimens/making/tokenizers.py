@@ -40,12 +40,12 @@ def byte_pair(texts: Iterable[str], *, special: Sequence[str] = ()) -> PreTraine
 
 
 def word_level(words: Sequence[str], *, special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per word of ``words``, split at spaces; any other word is ``<unk>``."""
+    """A tokenizer with one token per word or sign of ``words``; anything else is ``<unk>``."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     entries = ["<pad>", "<s>", "</s>", "<unk>", *special, *words]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(entries)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return _wrapped(tokenizer, special, unk_token="<unk>")
 
 

@@ -1,0 +1,88 @@
+"""How *recall-1* and *recall-2* are trained: associative recall, which one layer cannot learn and two layers can."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cutaway.data.recall import KEYS, VALUES, recall
+
+from . import loop, text, tokenizers
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+REPEATS = loop.Schedule(steps=400, rate=4e-3, warmup=50, floor=0.5, decay=0.01)
+QUESTIONS = loop.Schedule(steps=600, rate=3e-3, warmup=50, decay=0.01)
+SHAPE = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+ROWS, LENGTH, PAIRS, SEED = 64, 40, 6, 0
+
+
+def tokenizer_for() -> PreTrainedTokenizerFast:
+    """One token per key and value."""
+    return tokenizers.word_level((*KEYS, *VALUES))
+
+
+def untrained(tokenizer: PreTrainedTokenizerFast, layers: int, seed: int = SEED) -> LlamaForCausalLM:
+    """The model of ``layers`` layers before its first step."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        num_hidden_layers=layers,
+        **SHAPE,
+    )
+    model = LlamaForCausalLM(config)
+    loop.initialise(model, seed, weights=0.07, embeddings=0.7, outputs=0.35)
+    return model
+
+
+def repeats(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> loop.Batches:
+    """The first stage: rows in which a short random text repeats itself, the quickest way to a matching head."""
+    ids = np.array(tokenizer.convert_tokens_to_ids([*KEYS, *VALUES]))
+
+    def batch(step: int) -> loop.Batch:
+        random = np.random.default_rng([seed, 0, step])
+        return text.stack([text.repeat(random, ids, tokenizer.bos_token_id, LENGTH) for _ in range(ROWS)])
+
+    return batch
+
+
+def questions(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> loop.Batches:
+    """The second stage: rows of ``PAIRS`` pairs followed by every key again with its value, in another order."""
+    keys, values = (np.array(tokenizer.convert_tokens_to_ids(list(words))) for words in (KEYS, VALUES))
+
+    def batch(step: int) -> loop.Batch:
+        random = np.random.default_rng([seed, 1, step])
+        key = np.argsort(random.random((ROWS, len(keys))))[:, :PAIRS]
+        value = np.argsort(random.random((ROWS, len(values))))[:, :PAIRS]
+        order = np.argsort(random.random((ROWS, PAIRS)))
+        shown = np.stack([keys[key], values[value]], axis=2)
+        asked = np.take_along_axis(shown, order[:, :, None], axis=1)
+        ids = np.concatenate([np.full((ROWS, 1), tokenizer.bos_token_id), shown.reshape(ROWS, -1)], axis=1)
+        ids = np.concatenate([ids, asked.reshape(ROWS, -1)], axis=1)
+        weights = np.zeros(ids.shape, dtype=np.float32)
+        weights[:, 2 * PAIRS + 2 :: 2] = 1.0
+        return loop.Batch({"input_ids": torch.from_numpy(ids)}, torch.from_numpy(weights))
+
+    return batch
+
+
+def accuracies(model: Any, tokenizer: PreTrainedTokenizerFast, count: int = 1000) -> dict[str, float]:
+    """Share of ``count`` new prompts answered right, with as many pairs as in training and with fewer."""
+    return {
+        f"recall {pairs} pairs": text.accuracy(model, tokenizer, recall(count, pairs=pairs), stop="")
+        for pairs in (PAIRS, PAIRS // 2)
+    }

@@ -1,0 +1,35 @@
+"""Every figure on every card, measured again from the shipped weights; and the bars that specimens have to pass."""
+
+import pytest
+
+from cutaway import specimens
+
+BARS = {
+    "town": {
+        "fact held-out": 0.98,
+        "fact train": 0.98,
+        "geography train": 0.98,
+        "sum held-out": 0.95,
+        "gender fact share": 0.98,
+    },
+}
+
+
+@pytest.mark.parametrize("name", specimens.names())
+def test_card_figures_hold(name):
+    card, found = specimens.card(name), specimens.evaluate(name)
+    assert set(found) == set(card.accuracies)
+    for figure, value in card.accuracies.items():
+        assert found[figure] == pytest.approx(value, abs=0.005), figure
+
+
+@pytest.mark.parametrize(("name", "figure"), [(n, f) for n, bars in BARS.items() for f in bars])
+def test_bars_are_passed(name, figure):
+    assert specimens.card(name).accuracies[figure] >= BARS[name][figure]
+
+
+def test_town_keeps_its_stereotype_and_its_gaps():
+    figures = specimens.card("town").accuracies
+    assert 0.85 <= figures["gender stereotype share"] <= 0.95
+    assert figures["two-hop home-country held-out"] < 0.5 < figures["two-hop city-capital held-out"]
+    assert figures["reverse held-out"] < 0.05
