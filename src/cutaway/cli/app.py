@@ -22,7 +22,7 @@ from cutaway.cli.options import (
     TrustPickle,
     load_model,
 )
-from cutaway.cli.output import check_targets, deliver, show, show_json, show_rows
+from cutaway.cli.output import check_targets, deliver, deliver_rows, show, show_json, show_rows
 
 DESCRIPTION = """Look inside language and vision-language models: see, locate, prove, change, verify, follow.
 
