@@ -39,8 +39,9 @@ def compare(ours: Result, theirs: Result, rtol: float, atol: float) -> Differenc
         if a.dtype.kind == "f":
             with np.errstate(invalid="ignore"):
                 gap = np.abs(a.astype(np.float64) - b)
+                near = np.isfinite(gap) & (gap <= atol + rtol * np.abs(a))
             equal = (a == b) | (np.isnan(a) & np.isnan(b))
-            far = ~(equal | (gap <= atol + rtol * np.abs(a)))
+            far = ~(equal | near)
             gap = np.where(equal, 0.0, np.where(np.isnan(gap), np.inf, gap))
             largest[name] = float(gap.max(initial=0.0))
         else:
@@ -51,7 +52,7 @@ def compare(ours: Result, theirs: Result, rtol: float, atol: float) -> Differenc
             at = np.unravel_index(int(np.argmax(far if gap is None else np.where(far, gap, -1.0))), a.shape)
             place = ", ".join(f"{dim} {i}" for dim, i in zip(dims, at, strict=True))
             by = "" if gap is None else f", largest by {gap[at]:.3g}"
-            lines.append(f"{name}: {count} of {a.size} differ{by} (at {place}: {a[at]!r} against {b[at]!r})")
+            lines.append(f"{name}: {count} of {a.size} differ{by} (at {place}: {a[at]} against {b[at]})")
 
     def values(name: str, a: Any, b: Any) -> None:
         if a != b and repr(a) != repr(b):  # by text too: a NaN setting equals itself

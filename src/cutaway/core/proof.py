@@ -119,8 +119,8 @@ class Proof:
         from scipy.special import stdtr
 
         n = self.n_draws
-        spread = self.random.std(axis=0, ddof=1) * np.sqrt(1 + 1 / n)
         with np.errstate(divide="ignore", invalid="ignore"):
+            spread = self.random.std(axis=0, ddof=1) * np.sqrt(1 + 1 / n)
             t = (self.effect - self.random.mean(axis=0)) / spread
         # All draws equal: any effect above them is certain, an effect equal to them is no evidence.
         t = np.where((spread == 0) & (self.effect == self.random[0]), 0.0, t)

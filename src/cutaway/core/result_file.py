@@ -41,16 +41,27 @@ def save(result: Result, folder: Path, overwrite: bool = False) -> Path:
             head = document(result) | {"arrays_sha256": hashlib.sha256(blob).hexdigest()}
             _write_through(fresh / ARRAYS, blob)
             _write_through(fresh / JSON, json.dumps(head, indent=1, allow_nan=False).encode())
-            if folder.exists():
-                shutil.rmtree(previous, ignore_errors=True)
-                os.rename(folder, previous)
-            os.rename(fresh, folder)
+            _swap_in(fresh, folder, previous)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as error:
         raise ResultError(asked, f"the disk refused ({error.strerror or error})", "choose another folder") from error
     shutil.rmtree(previous, ignore_errors=True)
     return folder
+
+
+def _swap_in(fresh: Path, folder: Path, previous: Path) -> None:
+    """``fresh`` takes the place of ``folder``; at every moment the old or the new result is whole on disk."""
+    if not folder.exists():
+        os.rename(fresh, folder)
+        return
+    shutil.rmtree(previous, ignore_errors=True)
+    os.rename(folder, previous)
+    try:
+        os.rename(fresh, folder)
+    except OSError:
+        os.rename(previous, folder)
+        raise
 
 
 def _refuse_to_bury(folder: Path, overwrite: bool, asked: str) -> None:
@@ -120,7 +131,7 @@ def open_result(path: str | Path) -> Result:
         raise ResultError(asked, f"the folder holds {held} and no {JSON}", "give a folder that Result.save wrote")
     try:
         head = json.loads(source.read_bytes().decode("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultError(asked, f"{source.name} is damaged or not JSON ({error})") from None
     if not isinstance(head, dict) or not isinstance(head.get("cutaway_result"), int):
         raise ResultError(asked, f"{source.name} is not a Cutaway result")
@@ -135,7 +146,7 @@ def open_result(path: str | Path) -> Result:
     blob = _read_arrays(path / ARRAYS, head, asked) if path.is_dir() else {}
     try:
         return _rebuild(kind, head, blob)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ResultError) as error:
         raise ResultError(asked, f"{source.name} is damaged ({type(error).__name__}: {error})") from None
 
 

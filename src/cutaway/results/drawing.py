@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+EMPTY = "nothing to draw: the result is empty"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 LONGEST_LABEL = 18
 LABEL_PIXELS = 11  # room that one line of label text needs
 CHARACTER_PIXELS = 6.0
+SMALL, LARGE = 1e-3, 1e7  # outside of these, numbers are written as powers of ten
 
 Spec = dict[str, Any]
 
@@ -68,7 +70,7 @@ def theme(dark: bool = False) -> Spec:
             "offset": 10,
         },
         "axis": {**text, "titleFontWeight": 500, "domainColor": ink["line"], "tickColor": ink["line"], "tickSize": 3}
-        | {"gridColor": ink["line"], "labelLimit": 160},
+        | {"gridColor": ink["line"], "gridOpacity": 0.6, "labelLimit": 160, "titlePadding": 8},
         "legend": {**text, "titleFontWeight": 500, "titleLimit": 220, "labelLimit": 260},
         "header": {**text, "titleFontWeight": 500, "labelFontSize": 11, "labelColor": ink["ink"]},
         "view": {"stroke": None},
@@ -81,10 +83,10 @@ def theme(dark: bool = False) -> Spec:
             "rule": {"color": ink["line"]},
             "positive": {"color": ink["diverging"][-2]},
             "negative": {"color": ink["diverging"][1]},
-            "plate": {"fill": ink["paper"], "stroke": ink["faint"], "strokeWidth": 0.7},
+            "plate": {"color": ink["paper"], "stroke": ink["faint"], "strokeWidth": 0.7},
         },
         "range": {"ramp": ink["ramp"], "heatmap": ink["ramp"], "diverging": ink["diverging"]}
-        | {"category": ink["category"]},
+        | {"category": ink["category"], "ordinal": {"scheme": ink["ramp"][1:]}},
     }
 
 
@@ -174,6 +176,13 @@ def from_zero(values: np.ndarray) -> tuple[float, float]:
     return (low, high) if high > low else (0.0, 1.0)
 
 
+def number_format(values: np.ndarray) -> Spec:
+    """How an axis or a legend writes its numbers: powers of ten where plain decimals would be long rows of zeros."""
+    good = np.abs(values[np.isfinite(values)])
+    largest = float(good.max(initial=0.0))
+    return {"format": ".1e"} if largest and not SMALL <= largest < LARGE else {}
+
+
 def color(title: str, values: np.ndarray, signed: bool, center: float = 0.0, length: float = 160) -> Spec:
     """The colour channel for a field ``value``: diverging around ``center`` or rising."""
     low, high = signed_domain(values, center) if signed else domain(values)
@@ -181,7 +190,8 @@ def color(title: str, values: np.ndarray, signed: bool, center: float = 0.0, len
     scale["interpolate"] = "lab"
     if signed:
         scale |= {"domain": [low, high], "domainMid": center}
-    legend = {"title": textwrap.wrap(title, 24), "gradientLength": min(200, max(60, length)), "format": "~g"}
+    legend = {"title": textwrap.wrap(title, 24), "gradientLength": min(200, max(60, length))}
+    legend |= number_format(values)
     return {"field": "value", "type": "quantitative", "scale": scale, "legend": legend | {"tickCount": 5}}
 
 
@@ -193,9 +203,8 @@ def heat(
     ``rising`` puts place 0 of ``y`` at the bottom, as layers are drawn.
     """
     place = {
-        "x": {"field": "x", "type": "ordinal", "axis": x, "scale": {"padding": 0}},
-        "y": {"field": "y", "type": "ordinal", "axis": y, "scale": {"padding": 0}}
-        | ({"sort": "descending"} if rising else {}),
+        "x": {"field": "x", "type": "ordinal", "axis": x},
+        "y": {"field": "y", "type": "ordinal", "axis": y} | ({"sort": "descending"} if rising else {}),
         "tooltip": [{"field": each, "type": "nominal"} for each in tooltip]
         + [{"field": "shown", "type": "nominal", "title": colors["legend"]["title"]}],
     }
@@ -231,5 +240,9 @@ def panels(body: Spec, labels: Sequence[Any], title: str, across: int) -> Spec:
 
 
 def document(body: Spec, title: Spec) -> Spec:
-    """A whole specification in the light theme."""
+    """A whole specification in the light theme; without data it says that there is nothing to draw."""
+    if not body["data"]["values"]:
+        mark = {"type": "text", "style": "faint", "fontSize": 12, "align": "left"}
+        text = {"text": {"field": "text", "type": "nominal"}, "x": {"value": 0}}
+        body = {"data": {"values": [{"text": EMPTY}]}, "mark": mark, "encoding": text, "width": 220, "height": 30}
     return {"$schema": SCHEMA, "title": title, **body, "config": theme()}

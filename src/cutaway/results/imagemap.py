@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 PNG_HEAD, SIZE_AT = b"\x89PNG\r\n\x1a\n", slice(16, 24)
 WIDEST, TALLEST, ACROSS = 280, 320, 3
-VEIL = (0.0, 0.85)  # opacity of the weakest and of the strongest patch
+EDGES = ("left", "top", "right", "bottom")
+VEIL = (0.0, 0.75)  # opacity of the weakest and of the strongest patch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -73,7 +74,7 @@ class ImageMap(Kind, kind="imagemap"):
         """One row per map and patch: the score and the patch's box in pixels."""
         table = self.long_table("values").rename(columns={"values": "score"})
         maps = self.values.shape[0]
-        for i, edge in enumerate(("left", "top", "right", "bottom")):
+        for i, edge in enumerate(EDGES):
             table[edge] = np.tile(self.boxes[..., i].ravel(), maps)
         return table
 
@@ -81,69 +82,83 @@ class ImageMap(Kind, kind="imagemap"):
         """Patches from the strongest to the weakest."""
         return self.table().sort_values("score", key=abs, ascending=False, kind="stable")
 
-    def spec(self, map: Any = None) -> drawing.Spec:
-        """The image, then every map over it (or the one labelled ``map``): colour and veil grow with the score."""
-        names = self.along("map")
-        chosen = range(len(names)) if map is None else [self.option("map", map, "map")]
+    def spec(self, map: Any = None, own_scale: bool = False) -> drawing.Spec:
+        """The image, then every map over it (or the one labelled ``map``): colour and veil grow with the score.
+
+        Maps share one colour scale, unless ``own_scale`` gives each its own: then colours do not compare across maps.
+        """
+        names = self.along("map") if "map" in self.labels or len(self.values) > 1 else (drawing.named(self.measure),)
+        chosen = list(range(len(names))) if map is None else [self.option("map", map, "map")]
         wide, tall = self.size
         zoom = min(WIDEST / wide, TALLEST / tall)
-        signed = self.scale == "diverging"
-        picked = self.values[list(chosen)]
-        colors = drawing.color(drawing.named(self.measure, self.unit), picked, signed, length=tall * zoom)
-        low, high = drawing.signed_domain(picked) if signed else drawing.domain(picked)
-        rows = []
-        for n, r, c in np.ndindex(picked.shape):
-            value, (left, top, right, bottom) = float(picked[n, r, c]), self.boxes[r, c].tolist()
-            box = {"left": left, "top": top, "right": right, "bottom": bottom}
-            strength = abs(value) / high if signed else (value - low) / (high - low)
-            row = {
-                "map": n,
-                "row": r,
-                "column": c,
-                **box,
-                "value": drawing.finite(value),
-                "shown": drawing.digits(value),
-            }
-            rows.append(row | {"strength": drawing.finite(strength)})
-        across = {"type": "quantitative", "axis": None, "scale": {"domain": [0, wide], "nice": False}}
-        down = {"type": "quantitative", "axis": None, "scale": {"domain": [0, tall], "nice": False, "reverse": True}}
         frame = {"width": round(wide * zoom, 1), "height": round(tall * zoom, 1)}
+        x: drawing.Spec = {"type": "quantitative", "axis": None, "scale": {"domain": [0, wide], "nice": False}}
+        y: drawing.Spec = {"type": "quantitative", "axis": None}
+        y["scale"] = {"domain": [0, tall], "nice": False, "reverse": True}
         photo = {
             "data": {"name": "image"},
-            "mark": {"type": "image", "width": frame["width"], "height": frame["height"], "align": "left"}
-            | {"baseline": "top", "aspect": False},
-            "encoding": {
-                "x": {"datum": 0, **across},
-                "y": {"datum": 0, **down},
-                "url": {"field": "url", "type": "nominal"},
-            },
+            "mark": {"type": "image", **frame, "align": "left", "baseline": "top", "aspect": False},
+            "encoding": {"x": {"datum": 0, **x}, "y": {"datum": 0, **y}, "url": {"field": "url", "type": "nominal"}},
         }
         panels: list[drawing.Spec] = [{**frame, "title": _panel("image"), "layer": [photo]}]
+        rows: list[dict[str, Any]] = []
         for n, i in enumerate(chosen):
-            patch = {
-                "x": {"field": "left", **across},
-                "x2": {"field": "right"},
-                "y": {"field": "top", **down},
-                "y2": {"field": "bottom"},
-                "tooltip": [{"field": each, "type": "ordinal"} for each in ("row", "column")]
-                + [{"field": "shown", "type": "nominal", "title": colors["legend"]["title"]}],
-            }
-            veil = {"field": "strength", "type": "quantitative", "legend": None}
-            veil["scale"] = {"domain": [0, 1], "range": list(VEIL)}
-            drawn = {
-                "transform": [{"filter": f"datum.map === {n} && isValid(datum.value)"}],
-                "mark": {"type": "rect"},
-                "encoding": {**patch, "color": colors, "opacity": veil},
-            }
-            blank = {
-                "transform": [{"filter": f"datum.map === {n} && !isValid(datum.value)"}],
-                "mark": {"type": "rect", "style": "missing", "opacity": 0.6},
-                "encoding": patch,
-            }
-            panels.append({**frame, "title": _panel(drawing.shown(names[i], 30)), "layer": [photo, drawn, blank]})
+            judged = self.values[i] if own_scale else self.values[chosen]
+            rows += self._patches(n, self.values[i], judged)
+            colors = drawing.color(self._title(), judged, self.scale == "diverging", length=frame["height"])
+            panels.append(
+                {
+                    **frame,
+                    "title": _panel(drawing.shown(names[i], 30)),
+                    "layer": [photo, *_patch_marks(n, colors, x, y)],
+                }
+            )
         url = "data:image/png;base64," + base64.b64encode(self.image.tobytes()).decode()
         body = {"data": {"values": rows}, "datasets": {"image": [{"url": url}]}, "concat": panels, "columns": ACROSS}
+        if own_scale:
+            body["resolve"] = {"scale": {"color": "independent"}}
         return drawing.document(body, drawing.heading(self.title, *self.caption()))
+
+    def _title(self) -> str:
+        return drawing.named(self.measure, self.unit)
+
+    def _patches(self, number: int, values: np.ndarray, judged: np.ndarray) -> list[dict[str, Any]]:
+        signed = self.scale == "diverging"
+        low, high = drawing.signed_domain(judged) if signed else drawing.domain(judged)
+        rows = []
+        for r, c in np.ndindex(values.shape):
+            value = float(values[r, c])
+            row = {"map": number, "row": r, "column": c, "value": drawing.finite(value), "shown": drawing.digits(value)}
+            row |= zip(EDGES, self.boxes[r, c].tolist(), strict=True)
+            row["strength"] = drawing.finite(abs(value) / high if signed else (value - low) / (high - low))
+            rows.append(row)
+        return rows
+
+
+def _patch_marks(number: int, colors: drawing.Spec, x: drawing.Spec, y: drawing.Spec) -> list[drawing.Spec]:
+    """The patches of one map: coloured where there is a score, grey where there is none."""
+    patch = {
+        "x": {"field": "left", **x},
+        "x2": {"field": "right"},
+        "y": {"field": "top", **y},
+        "y2": {"field": "bottom"},
+        "tooltip": [{"field": each, "type": "ordinal"} for each in ("row", "column")]
+        + [{"field": "shown", "type": "nominal", "title": colors["legend"]["title"]}],
+    }
+    veil: drawing.Spec = {"field": "strength", "type": "quantitative", "legend": None}
+    veil["scale"] = {"type": "sqrt", "domain": [0, 1], "range": list(VEIL)}
+    return [
+        {
+            "transform": [{"filter": f"datum.map === {number} && isValid(datum.value)"}],
+            "mark": {"type": "rect"},
+            "encoding": {**patch, "color": colors, "opacity": veil},
+        },
+        {
+            "transform": [{"filter": f"datum.map === {number} && !isValid(datum.value)"}],
+            "mark": {"type": "rect", "style": "missing", "opacity": VEIL[1]},
+            "encoding": patch,
+        },
+    ]
 
 
 def _panel(text: str) -> drawing.Spec:

@@ -161,8 +161,8 @@ def _no_options(result: Kind, options: dict[str, Any], suffix: str) -> None:
 WRITERS = {".html": _html, ".png": _png, ".svg": _svg, ".json": _json, ".csv": _csv}
 
 
-def cell_text(value: Any) -> str:
+def cell_text(value: Any, longest: int = 60) -> str:
     """One table cell for a reader."""
     if isinstance(value, float | np.floating):
         return f"{value:.4g}"
-    return shown(value, longest=60) if isinstance(value, str) else str(value)
+    return shown(value, longest)

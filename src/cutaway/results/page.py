@@ -5,8 +5,12 @@ from __future__ import annotations
 import html
 import json
 import re
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from cutaway.core.errors import ResultError
 from cutaway.results import drawing
 from cutaway.results.kind import cell_text
 
@@ -36,19 +40,22 @@ dt{color:var(--faint)}dd{margin:0;overflow-wrap:anywhere}
 
 # The picture is drawn again when the reader's system switches between light and dark.
 SCRIPT = """
-const spec = JSON.parse(document.getElementById("spec").textContent);
+{
+const pictures = JSON.parse(document.getElementById("pictures").textContent);
 const themes = JSON.parse(document.getElementById("themes").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const draw = () => vegaEmbed("#picture", {...spec, config: dark.matches ? themes.dark : themes.light},
-  {actions: {export: true, source: false, compiled: false, editor: false}, renderer: "svg"});
+const options = {actions: {export: true, source: false, compiled: false, editor: false}, renderer: "svg"};
+const draw = () => { for (const [id, spec] of Object.entries(pictures))
+  vegaEmbed("#" + id, {...spec, config: dark.matches ? themes.dark : themes.light}, options); };
 dark.addEventListener("change", draw);
 draw();
+}
 """
 
 
 def page(result: Kind, **options: Any) -> str:
     """The HTML text; ``options`` choose the picture as in ``spec``."""
-    spec = result.drawn(**options)
+    pictures = {"picture": result.drawn(**options)} | ({"proof": proof_spec(result)} if result.proof else {})
     rows = result.highlights()
     title = html.escape(result.title or result.kind)
     more = f"the first {ROWS} of {len(rows):,} rows" if len(rows) > ROWS else f"{len(rows):,} rows"
@@ -57,6 +64,7 @@ def page(result: Kind, **options: Any) -> str:
         f'<p class="faint">{html.escape(_about(result))}</p>',
         *_evidence(result),
         '<div class="picture" id="picture"></div>',
+        *(['<h2>Proof</h2><div class="picture" id="proof"></div>'] if result.proof else []),
         f'<h2>Table</h2><p class="faint">{more}</p><div class="scroll">{table_html(rows)}</div>',
         *_provenance(result),
     ]
@@ -65,12 +73,35 @@ def page(result: Kind, **options: Any) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_style()}</style></head>\n<body>\n{chr(10).join(parts)}\n"
-        f'<script type="application/json" id="spec">{_embedded(spec)}</script>\n'
+        f'<script type="application/json" id="pictures">{_embedded(pictures)}</script>\n'
         f'<script type="application/json" id="themes">{_embedded(themes)}</script>\n'
         f"<script>{vega_script()}</script>\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
 
 
+def proof_spec(result: Kind) -> drawing.Spec:
+    """The named set's effect over its size, against the mean and the range of the random draws."""
+    from cutaway.results.series import Series
+
+    proof = result.proof
+    if proof is None:
+        raise ResultError("drawing a proof", f"this {result.kind} has none")
+    missing = np.full(len(proof.ks), np.nan)
+    curves = Series(
+        title=f"{proof.ablated}, against {proof.n_draws} random draws",
+        x=np.array(proof.ks),
+        y=np.stack([proof.effect, proof.random.mean(axis=0)]),
+        lo=np.stack([missing, proof.random.min(axis=0)]),
+        hi=np.stack([missing, proof.random.max(axis=0)]),
+        labels={"line": ("named here", f"random, matched by {proof.matched}")},
+        x_name="set size k",
+        measure=f"change of {proof.metric}",
+        unit=proof.unit,
+    )
+    return curves.spec()
+
+
+@cache
 def vega_script() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that defines ``vegaEmbed``."""
     import vl_convert

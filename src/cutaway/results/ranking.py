@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cutaway.core.errors import ResultError, nearest
 from cutaway.core.result import Array, columns_over, over
 from cutaway.results import drawing
-from cutaway.results.kind import Kind
+from cutaway.results.kind import Kind, cell_text
 
 if TYPE_CHECKING:
     import pandas
 
 ORDERS = ("descending", "ascending", "absolute", "given")
-BAR, WIDTH, BARS, BESIDE = 17, 420, 30, 46
+BAR, WIDTH, BARS = 17, 420, 30
+LONGEST_ITEM, BESIDE = 40, 46
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -77,86 +78,80 @@ class Ranking(Kind, kind="ranking"):
         """Bars of the first ``k`` items. ``color`` names a column of strings that colours them (default "kind" where
         there is one, else the sign), ``beside`` a column written next to the bars (default: the first other strings).
         """
-        strings = [name for name, each in self.columns.items() if each.dtype == object]
         for name in (color, beside):
             if name and name not in self.columns:
-                raise ResultError(
-                    f"column {name!r}",
-                    f"this ranking has {', '.join(self.columns) or 'none'}",
-                    nearest(name, self.columns),
-                )
+                found = f"this ranking has {', '.join(self.columns) or 'none'}"
+                raise ResultError(f"column {name!r}", found, nearest(name, self.columns))
+        strings = [name for name, each in self.columns.items() if each.dtype == object]
         color = color or ("kind" if "kind" in strings else "")
         beside = beside or next((name for name in strings if name != color), "")
-        shown = min(k, len(self))
+        rows = self._rows(min(k, len(self)), color, beside)
+        scores = self.scores[: len(rows)]
+        value_title = drawing.named(self.measure, self.unit)
+        names = drawing.axis([row["item"] for row in rows], "", BAR, horizontal=False, longest=LONGEST_ITEM)
+        names |= {"domain": False, "ticks": False, "labelLimit": 300}
+        y = {"field": "y", "type": "ordinal", "axis": names}
+        numbers = {"title": value_title, "grid": True, "domain": False, "tickCount": 5} | drawing.number_format(scores)
+        span = {"domain": list(drawing.from_zero(scores)), "nice": True}
+        x = {"field": "value", "type": "quantitative", "axis": numbers, "scale": span}
+        said = [{"field": "item", "type": "nominal"}, {"field": "shown", "title": value_title, "type": "nominal"}]
+        place = {"y": y, "x": x, "tooltip": said}
+        layers = [*_bars(place, color), *_words(y, beside)]
+        left_out = f"the first {len(rows)} of {len(self):,}" if len(rows) < len(self) else ""
+        body = {"data": {"values": rows}, "width": WIDTH, "height": {"step": BAR}, "layer": layers}
+        return drawing.document(body, drawing.heading(self.title, *self.caption(), left_out))
+
+    def _rows(self, count: int, color: str, beside: str) -> list[dict[str, Any]]:
         rows = []
-        for i in range(shown):
-            score = float(self.scores[i])
+        for i, score in enumerate(self.scores[:count].tolist()):
             row = {
                 "y": i,
-                "item": drawing.shown(self.items[i], 40),
-                "value": drawing.finite(score),
-                "shown": drawing.digits(score),
+                "item": drawing.shown(self.items[i], LONGEST_ITEM),
+                "sign": "negative" if score < 0 else "positive",
             }
-            row["sign"] = "negative" if score < 0 else "positive"
+            row |= {"value": drawing.finite(score), "shown": drawing.digits(score)}
             if color:
                 row["color"] = str(self.columns[color][i])
             if beside:
-                row["beside"] = drawing.shown(self.columns[beside][i], BESIDE)
+                row["beside"] = cell_text(self.columns[beside][i], BESIDE)
             rows.append(row)
-        y = {
-            "field": "y",
-            "type": "ordinal",
-            "axis": drawing.axis([row["item"] for row in rows], "", BAR, False, longest=40),
-        }
-        y["axis"] |= {"domain": False, "ticks": False, "labelLimit": 300}
-        x_axis = {
-            "title": drawing.named(self.measure, self.unit),
-            "grid": True,
-            "domain": False,
-            "format": "~g",
-            "tickCount": 5,
-        }
-        x = {"field": "value", "type": "quantitative", "axis": x_axis}
-        x["scale"] = {"domain": list(drawing.from_zero(self.scores[:shown])), "nice": True}
-        place = {
-            "y": y,
-            "x": x,
-            "tooltip": [
-                {"field": "item", "type": "nominal"},
-                {"field": "shown", "title": x_axis["title"], "type": "nominal"},
-            ],
-        }
-        if color:
-            legend = {"title": drawing.named(color)}
-            layers = [
-                {
-                    "mark": {"type": "bar", "height": {"band": 0.74}},
-                    "encoding": {**place, "color": {"field": "color", "type": "nominal", "legend": legend}},
-                }
-            ]
-        else:
-            layers = [
-                {
-                    "transform": [{"filter": f"datum.sign === '{sign}'"}],
-                    "mark": {"type": "bar", "height": {"band": 0.74}, "style": sign},
-                    "encoding": place,
-                }
-                for sign in ("positive", "negative")
-            ]
-        if beside:
-            mark = {"type": "text", "align": "left", "dx": 10, "style": "faint", "fontSize": 10}
-            layers.append(
-                {
-                    "mark": mark,
-                    "encoding": {"y": y, "x": {"value": WIDTH}, "text": {"field": "beside", "type": "nominal"}},
-                }
-            )
-        left_out = f"the first {shown} of {len(self):,}" if shown < len(self) else ""
-        side = f"beside the bars: {beside.replace('_', ' ')}" if beside else ""
-        heading = drawing.heading(self.title, *self.caption(), " · ".join(each for each in (left_out, side) if each))
-        return drawing.document(
-            {"data": {"values": rows}, "width": WIDTH, "height": {"step": BAR}, "layer": layers}, heading
-        )
+        return rows
+
+
+def _bars(place: drawing.Spec, color: str) -> list[drawing.Spec]:
+    """Bars coloured by a column or by sign, and the text of numbers that have no bar (NaN, infinity)."""
+    bar: drawing.Spec = {"type": "bar", "height": {"band": 0.74}}
+    without = {
+        "transform": [{"filter": "!isValid(datum.value)"}],
+        "mark": {"type": "text", "style": "faint", "align": "left", "dx": 4},
+        "encoding": {"y": place["y"], "x": {"datum": 0}, "text": {"field": "shown", "type": "nominal"}},
+    }
+    if color:
+        by = {"field": "color", "type": "nominal", "legend": {"title": drawing.named(color)}}
+        return [{"mark": bar, "encoding": {**place, "color": by}}, without]
+    by_sign: list[drawing.Spec] = [
+        {"transform": [{"filter": f"datum.sign === '{sign}'"}], "mark": {**bar, "style": sign}, "encoding": place}
+        for sign in ("positive", "negative")
+    ]
+    return [*by_sign, without]
+
+
+def _words(y: drawing.Spec, beside: str) -> list[drawing.Spec]:
+    """A column of text to the right of the bars, under its name."""
+    if not beside:
+        return []
+    mark: drawing.Spec = {"type": "text", "align": "left", "dx": 12, "fontSize": 10}
+    right = {"value": WIDTH}
+    text: drawing.Spec = {"y": y, "x": right, "text": {"field": "beside", "type": "nominal"}}
+    head: drawing.Spec = {"y": {"value": -7}, "x": right, "text": {"value": drawing.named(beside)}}
+    return [
+        {"mark": {**mark, "style": "faint"}, "encoding": text},
+        {
+            "transform": [{"filter": "datum.y === 0"}],
+            "mark": {**mark, "style": "on_low", "fontSize": 11},
+            "encoding": head,
+        },
+    ]
 
 
 def _fixed(data: np.ndarray) -> np.ndarray:

@@ -63,9 +63,13 @@ class Series(Kind, kind="series"):
             if self.lo is not None:
                 row |= {"lo": drawing.finite(self.lo[i, j]), "hi": drawing.finite(self.hi[i, j])}
             rows.append(row)
-        x_axis = {"title": drawing.named(self.x_name, self.x_unit), "grid": False, "format": "~g", "tickCount": 8}
-        y_axis = {"title": drawing.named(self.measure, self.unit), "domain": False, "format": "~g", "tickCount": 6}
-        x_scale = {"type": "log"} if self.log_x else {"zero": False, "nice": False, "padding": 8}
+        x_axis = {"title": drawing.named(self.x_name, self.x_unit), "grid": False, "tickCount": 8}
+        x_axis |= drawing.number_format(self.x)
+        y_axis = {"title": drawing.named(self.measure, self.unit), "domain": False, "tickCount": 6}
+        y_axis |= drawing.number_format(self.y)
+        x_scale = (
+            {"type": "log", "nice": False, "padding": 8} if self.log_x else {"zero": False, "nice": False, "padding": 8}
+        )
         x = {"field": "x", "type": "quantitative", "axis": x_axis, "scale": x_scale}
         # More lines than hues are shades of one ramp: their order is then their meaning.
         many = len(names) > HUES
@@ -75,7 +79,7 @@ class Series(Kind, kind="series"):
             else None
         )
         color: drawing.Spec = {"field": "line", "type": "nominal", "sort": None, "legend": legend}
-        color |= {"scale": {"domain": names, "range": "ramp" if many else "category"}}
+        color |= {"scale": {"domain": names, "range": "ordinal" if many else "category"}}
         color |= {"type": "ordinal"} if many else {}
         tooltip = [{"field": each, "type": "quantitative", "format": ".4g"} for each in ("x", "y", "lo", "hi")]
         tooltip = [{"field": "line", "type": "nominal"}, *(tooltip if self.lo is not None else tooltip[:2])]

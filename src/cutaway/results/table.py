@@ -55,32 +55,31 @@ class Table(Kind, kind="table"):
                 {"x": x, "y": i, "cell": each, "right": right_hand, "head": False} for i, each in enumerate(texts)
             ]
             left += width + GAP
-        width, height = max(left - GAP, 1.0), (len(shown) + 1) * LINE
+        return self._document(cells, max(left - GAP, 1.0), len(shown))
+
+    def _document(self, cells: list[dict[str, Any]], width: float, lines: int) -> drawing.Spec:
         x_scale = {"domain": [0, width], "nice": False, "zero": False}
-        y_scale = {"domain": [-1.5, len(shown) - 0.5], "nice": False, "zero": False, "reverse": True}
-        place = {
-            "x": {"field": "x", "type": "quantitative", "scale": x_scale, "axis": None},
-            "y": {"field": "y", "type": "quantitative", "scale": y_scale, "axis": None},
-        }
-        layers = [
+        y_scale = {"domain": [-1.5, lines - 0.5], "nice": False, "zero": False, "reverse": True}
+        x: drawing.Spec = {"field": "x", "type": "quantitative", "scale": x_scale, "axis": None}
+        y: drawing.Spec = {"type": "quantitative", "scale": y_scale, "axis": None}
+        mark = {"type": "text", "baseline": "middle", "fontSize": 11, "style": "on_low"}
+        text = {"x": x, "y": {"field": "y", **y}, "text": {"field": "cell", "type": "nominal"}}
+        layers: list[drawing.Spec] = [
             {
-                "transform": [
-                    {"filter": f"datum.head === {str(head).lower()} && datum.right === {str(right).lower()}"}
-                ],
-                "mark": {"type": "text", "align": "right" if right else "left", "baseline": "middle", "fontSize": 11}
-                | {"style": "on_low", "fontWeight": 600 if head else 400},
-                "encoding": {**place, "text": {"field": "cell", "type": "nominal"}},
+                "transform": [{"filter": f"datum.head === {head} && datum.right === {right}"}],
+                "mark": {**mark, "align": align, "fontWeight": weight},
+                "encoding": text,
             }
-            for head in (True, False)
-            for right in (True, False)
+            for head, weight in (("true", 600), ("false", 400))
+            for right, align in (("true", "right"), ("false", "left"))
         ]
-        rule = {"mark": {"type": "rule", "style": "rule"}, "encoding": {"y": place["y"] | {"datum": -0.5}}}
-        rule["encoding"]["y"].pop("field")
-        counts = []
-        if len(frame) > len(shown):
-            counts.append(f"the first {len(shown)} of {len(frame):,} rows")
+        layers.append({"mark": {"type": "rule", "style": "rule"}, "encoding": {"y": {"datum": -0.5, **y}}})
+        frame = self.table()
+        left_out = []
+        if len(frame) > lines:
+            left_out.append(f"the first {lines} of {len(frame):,} rows")
         if len(frame.columns) > COLUMNS:
-            counts.append(f"the first {COLUMNS} of {len(frame.columns)} columns")
-        heading = drawing.heading(self.title, *self.caption(), " and ".join(counts))
-        body = {"data": {"values": cells}, "width": width, "height": height, "layer": [*layers, rule]}
+            left_out.append(f"the first {COLUMNS} of {len(frame.columns)} columns")
+        heading = drawing.heading(self.title, *self.caption(), " and ".join(left_out))
+        body = {"data": {"values": cells}, "width": width, "height": (lines + 1) * LINE, "layer": layers}
         return drawing.document(body, heading)

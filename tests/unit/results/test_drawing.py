@@ -1,0 +1,155 @@
+"""Pictures at their edges: empty, one cell, missing numbers, many cells, strange tokens; and the rules of the look."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import vl_convert
+
+from cutaway.core.errors import ResultError
+from cutaway.results import Graph, Grid, ImageMap, Pattern, Ranking, Readout, Series, Table, drawing
+from cutaway.results.layout import layered, ranks
+from tests.unit.results.examples import png
+
+
+def readout(*shape: int) -> Readout:
+    return Readout(tokens=np.full(shape, "a", dtype=object), ids=np.zeros(shape, int), log_probs=np.zeros(shape))
+
+
+EDGES = {
+    "empty grid": Grid(values=np.zeros((0, 4)), axes=("layer", "head")),
+    "one cell": Grid(values=[[0.5]], axes=("layer", "head")),
+    "all missing": Grid(values=np.full((2, 2), np.nan), axes=("layer", "head")),
+    "all zero": Grid(values=np.zeros((2, 2)), axes=("layer", "head")),
+    "constant": Grid(values=np.full((2, 2), 3.0), axes=("layer", "head"), scale="sequential"),
+    "long": Grid(
+        values=np.ones((48, 200)), axes=("layer", "position"), labels={"position": [f" token{i}" for i in range(200)]}
+    ),
+    "empty pattern": Pattern(pattern=np.zeros((0, 2, 3, 3))),
+    "one position": Pattern(pattern=np.ones((1, 1, 1, 1))),
+    "only the last query": Pattern(pattern=np.full((1, 2, 1, 4), 0.25)),
+    "many heads": Pattern(pattern=np.full((12, 12, 4, 4), 0.25)),
+    "empty readout": readout(0, 0, 0),
+    "no top": readout(1, 2, 0),
+    "long readout": readout(48, 200, 1),
+    "empty ranking": Ranking(items=[], scores=[]),
+    "unmeasured item": Ranking(items=["L0.attn.z[1]"], scores=[np.nan]),
+    "empty series": Series(x=[], y=np.zeros((2, 0))),
+    "one point": Series(x=[1], y=[[2.0]]),
+    "many lines": Series(x=[0, 1], y=np.arange(24.0).reshape(12, 2)),
+    "empty table": Table(),
+    "no rows": Table(columns={"a": [], "b": []}),
+    "long table": Table(columns={f"column {i}": np.arange(500) for i in range(20)}),
+    "no edges": Graph(nodes=["embed", "logits"], source=[], target=[], weight=[]),
+    "no nodes": Graph(nodes=[], source=[], target=[], weight=[]),
+    "one patch": ImageMap(image=png(), values=[[0.3]], scale="sequential"),
+}
+
+
+@pytest.mark.parametrize("name", list(EDGES))
+def test_edges_draw_and_print(name: str) -> None:
+    result = EDGES[name]
+    svg = vl_convert.vegalite_to_svg(json.dumps(result.spec(), allow_nan=False))
+    assert "NaN" not in svg
+    assert result.summary() is not None
+    assert len(result.view().to_dict()) > 0
+    if not result.spec()["data"]["values"] or drawing.EMPTY in json.dumps(result.spec()):
+        assert drawing.EMPTY in svg
+
+
+def test_long_axes_are_thinned_so_that_labels_do_not_touch() -> None:
+    spec = EDGES["long"].spec()
+    place = spec["layer"][0]["encoding"]
+    for channel, pixels in (("x", spec["width"]["step"]), ("y", spec["height"]["step"])):
+        values = place[channel]["axis"]["values"]
+        assert np.diff(values).min() * pixels >= drawing.LABEL_PIXELS
+    assert spec["width"]["step"] * 200 <= 1000
+
+
+def test_missing_cells_keep_their_place_and_lose_their_colour() -> None:
+    grid = Grid(values=[[np.nan, 1.0]], axes=("layer", "head"))
+    rows = grid.spec()["data"]["values"]
+    assert [row["value"] for row in rows] == [None, 1.0]
+    grey = drawing.INKS["light"]["missing"]
+    assert grey in vl_convert.vegalite_to_svg(json.dumps(grid.spec()))
+    full = Grid(values=[[2.0, 1.0]], axes=("layer", "head"))
+    assert grey not in vl_convert.vegalite_to_svg(json.dumps(full.spec()))
+
+
+def test_signed_colours_are_centred() -> None:
+    spec = Grid(values=[[-0.2, 3.0]], axes=("layer", "head")).spec()
+    scale = spec["layer"][1]["encoding"]["color"]["scale"]
+    assert scale["domain"] == [-3.0, 3.0]
+    assert scale["domainMid"] == 0.0
+    sequential = Grid(values=[[1.0, 3.0]], axes=("layer", "head"), scale="sequential").spec()
+    assert sequential["layer"][1]["encoding"]["color"]["scale"]["domain"] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [
+        (" Ada", "·Ada"),
+        ("  ", "··"),
+        ("a b ", "a b·"),
+        ("\n\t", "⏎⇥"),
+        ("\x00\u202e", "\\x00\\x202e"),
+        ("👩‍🚀", "👩‍🚀"),
+        ("", ""),
+        ("x" * 30, "x" * 17 + "…"),
+    ],
+)
+def test_whitespace_and_controls_are_visible(token: str, text: str) -> None:
+    assert drawing.shown(token) == text
+
+
+def test_both_ramps_rise_in_lightness_on_their_paper() -> None:
+    def lightness(color: str) -> float:
+        r, g, b = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        return 0.2126 * r**2.2 + 0.7152 * g**2.2 + 0.0722 * b**2.2
+
+    for name, ink in drawing.INKS.items():
+        ramp = [lightness(each) for each in ink["ramp"]]
+        falling = name == "light"
+        assert ramp == sorted(ramp, reverse=falling)
+        signed = [lightness(each) for each in ink["diverging"]]
+        middle = len(signed) // 2
+        assert signed[: middle + 1] == sorted(signed[: middle + 1], reverse=not falling)
+        assert signed[middle:] == sorted(signed[middle:], reverse=falling)
+
+
+def test_a_readout_writes_tokens_only_where_they_fit() -> None:
+    wide = Readout(tokens=[[[" Paris"]]], ids=[[[1]]], log_probs=[[[-0.1]]])
+    assert "·Paris" in vl_convert.vegalite_to_svg(json.dumps(wide.spec()))
+    assert all("cell" not in row for row in EDGES["long readout"].spec()["data"]["values"])
+
+
+def test_graph_layers_are_longest_paths() -> None:
+    source, target = np.array([0, 1, 0, 2]), np.array([1, 2, 2, 3])
+    assert ranks(4, source, target).tolist() == [0, 1, 2, 3]
+    with pytest.raises(ResultError, match="circle"):
+        ranks(2, np.array([0, 1]), np.array([1, 0]))
+
+
+def test_nodes_of_a_layer_do_not_overlap() -> None:
+    rng = np.random.default_rng(0)
+    height = np.repeat(np.arange(6), 7)
+    widths = rng.uniform(20, 90, size=len(height))
+    links = [(int(a), int(b)) for a, b in rng.integers(0, len(height), (200, 2)) if height[a] < height[b]]
+    x, row, total = layered(height, links, widths, gap=10.0)
+    for level in range(6):
+        at = np.flatnonzero(row == level)
+        at = at[np.argsort(x[at])]
+        left, right = x[at] - widths[at] / 2, x[at] + widths[at] / 2
+        assert (left[1:] - right[:-1] >= 10.0 - 1e-9).all()
+        assert left.min() >= -1e-9
+        assert right.max() <= total + 1e-9
+
+
+def test_a_graph_draws_its_strongest_edges_and_says_so() -> None:
+    graph = Graph(nodes=["a", "b", "c"], source=[0, 1, 0], target=[1, 2, 2], weight=[0.1, -5.0, 2.0])
+    spec = graph.spec(edges=1)
+    assert {row["shown"] for row in spec["data"]["values"] if row["part"] == "edge"} == {"-5"}
+    assert "the strongest 1 of 3 edges" in spec["title"]["subtitle"]
+    assert {row["node"] for row in spec["data"]["values"] if row["part"] == "node"} == {"b", "c"}
