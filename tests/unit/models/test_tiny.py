@@ -23,6 +23,14 @@ IMAGE_TEXT = [
     "Mistral3ForConditionalGeneration", "PaliGemmaForConditionalGeneration", "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration", "SmolVLMForConditionalGeneration",
 ]  # fmt: skip
+# Kinds that the promised classes lack: hybrids, encoders read left to right, cross-attention, encoder-decoders.
+OTHERS = [
+    ("BertLMHeadModel", "causal-lm"), ("Gemma4ForCausalLM", "causal-lm"), ("JambaForCausalLM", "causal-lm"),
+    ("Qwen3NextForCausalLM", "causal-lm"), ("Florence2ForConditionalGeneration", "image-text-to-text"),
+    ("IdeficsForVisionText2Text", "image-text-to-text"), ("MllamaForConditionalGeneration", "image-text-to-text"),
+    ("Lfm2VlForConditionalGeneration", "image-text-to-text"),
+    ("Pix2StructForConditionalGeneration", "image-text-to-text"),
+]  # fmt: skip
 PROMISED = [(name, "causal-lm") for name in CAUSAL] + [(name, "image-text-to-text") for name in IMAGE_TEXT]
 RELOADED = [
     "GPT2LMHeadModel", "Qwen3MoeForCausalLM", "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
@@ -46,6 +54,24 @@ def test_a_promised_class_builds_runs_and_repeats(name: str, task: str) -> None:
     assert not made.hf.training
     assert {p.dtype for p in made.hf.parameters()} == {torch.float32}
     assert sum(p.numel() for p in made.hf.parameters()) < 2_000_000
+
+
+@pytest.mark.parametrize(("name", "task"), OTHERS)
+def test_other_kinds_build_and_repeat(name: str, task: str) -> None:
+    made = tiny(name, task)
+    first = logits(made)
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, logits(tiny(name, task)))
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "BertLMHeadModel", "JambaForCausalLM"])
+def test_a_later_token_does_not_change_an_earlier_answer(name: str) -> None:
+    made = tiny(name)
+    before = logits(made)
+    made.inputs["input_ids"][0, -1] -= 1
+    change = (logits(made) - before)[0].abs().amax(-1)
+    assert change[:-1].max() < 1e-5
+    assert change[-1] > 1e-3
 
 
 @pytest.mark.parametrize("name", IMAGE_TEXT)
@@ -109,6 +135,17 @@ def test_layers_of_every_kind_are_kept() -> None:
     assert all(name.endswith("MoE") for name in sparse)
 
 
+def test_a_hybrid_keeps_an_attention_layer() -> None:
+    assert set(tiny("Qwen3NextForCausalLM").hf.config.layer_types) == {"linear_attention", "full_attention"}
+    assert set(tiny("BambaForCausalLM").hf.config.layers_block_type) == {"linear_attention", "full_attention"}
+
+
+def test_an_encoder_decoder_is_given_what_it_decodes() -> None:
+    made = tiny("Pix2StructForConditionalGeneration")
+    assert set(made.inputs) == {"flattened_patches", "decoder_input_ids"}
+    assert logits(made).shape[:2] == made.inputs["decoder_input_ids"].shape
+
+
 def test_config_overrides_reach_sub_configurations() -> None:
     made = tiny("LlavaForConditionalGeneration", text_config__num_hidden_layers=1, vision_config__num_hidden_layers=3)
     assert (made.hf.config.text_config.num_hidden_layers, made.hf.config.vision_config.num_hidden_layers) == (1, 3)
@@ -128,6 +165,16 @@ def test_architectures_are_sorted_and_unique() -> None:
 def test_an_unknown_class_is_refused_with_the_nearest_names() -> None:
     with pytest.raises(UnsupportedError, match="LlamaForCausalLM"):
         tiny("LlamoForCausalLM")
+
+
+def test_a_class_that_cannot_run_alone_says_why() -> None:
+    with pytest.raises(UnsupportedError, match="drafts tokens for another model"):
+        tiny("Gemma4AssistantForCausalLM")
+
+
+def test_a_configuration_that_transformers_refuses_is_refused_with_its_reason() -> None:
+    with pytest.raises(UnsupportedError, match="not a multiple of the number of attention heads"):
+        tiny("LlamaForCausalLM", hidden_size=65)
 
 
 def test_a_task_that_the_class_does_not_serve_is_refused() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from cutaway.core.errors import UnsupportedError, nearest
 from cutaway.models.tiny.inputs import image_inputs, text_inputs
+from cutaway.models.tiny.overrides import CANNOT
 from cutaway.models.tiny.shrink import tiny_config
 from cutaway.models.tiny.weights import redraw, seeded
 
@@ -64,10 +65,12 @@ def tiny(class_name: str, task: str | None = None, *, seed: int = 0, **config_ov
     if task is not None and task not in tasks:
         raise UnsupportedError(f"a tiny {class_name!r} for {task!r}", f"it serves {' and '.join(tasks)}", "")
     task = task or tasks[0]
+    if class_name in CANNOT:
+        raise UnsupportedError(f"a tiny {class_name!r} for {task}", CANNOT[class_name], "")
     cls = getattr(transformers, class_name)
     try:
         model = build(cls, seed, config_overrides)
-        inputs = text_inputs(model, seed) if task == CAUSAL_LM else image_inputs(model, seed)
+        inputs = text_inputs(seed) if task == CAUSAL_LM else image_inputs(model, seed)
         with torch.no_grad():
             logits = model(**inputs).logits
     except UnsupportedError:
@@ -90,4 +93,6 @@ def build(cls: Any, seed: int, changes: dict[str, Any]) -> nn.Module:
 
 def _sentence(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        text = text.partition(" but ")[0]  # what is needed, without how to install it
     return f"{type(error).__name__}: {text}"

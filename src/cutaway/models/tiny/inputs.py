@@ -2,54 +2,93 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from cutaway.core.errors import UnsupportedError
-from cutaway.models.tiny.rules import FIRST_SPECIAL, FIRST_WORD
+from cutaway.models.tiny.pixels import arguments, pixels
+from cutaway.models.tiny.rules import FIRST_SPECIAL, FIRST_WORD, IMAGE_TOKEN_NAMES
 
 BEFORE, AFTER, TEXT_LENGTH = 4, 5, 12  # tokens before and after the image; tokens of a prompt without one
 IMAGE_TYPE = 1  # what mm_token_type_ids and token_type_ids call an image position
 
 
-def text_inputs(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+def text_inputs(seed: int) -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask``, both (batch 1, position 12)."""
-    ids = _words(TEXT_LENGTH, seed)[None]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return _prompt(_words(TEXT_LENGTH, seed))
 
 
-def image_inputs(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """One image inside a prompt: words, one placeholder per image position, words; and the pixels."""
-    wanted = inspect.signature(type(model).forward).parameters
-    pixels = _pixels(model, wanted, seed)
-    count = image_positions(model, pixels)
-    words = _words(BEFORE + AFTER, seed)
-    ids = torch.cat([words[:BEFORE], torch.full((count,), _image_token(model)), words[BEFORE:]])[None]
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
-    types = (ids == _image_token(model)).long() * IMAGE_TYPE
-    for name in ("mm_token_type_ids", "token_type_ids"):
-        if name in wanted:
-            found[name] = types
+def image_inputs(model: Any, seed: int) -> dict[str, torch.Tensor]:
+    """One image and a prompt around it: words, one placeholder per image position, words; and the pixels.
+
+    Models that take the image through cross-attention or as a prefix of their own get words without placeholders;
+    models that only decode from the image get ``decoder_input_ids``.
+    """
+    wanted = arguments(model)
+    found = pixels(model, seed)
+    if "input_ids" in wanted and not _reads_image_alone(model):
+        count = image_positions(model, found)
+        token = _image_token(model) if count else 0
+        words = _words(BEFORE + AFTER if count else TEXT_LENGTH, seed)
+        if count and (start := getattr(model.config, "vision_start_token_id", None)) is not None:
+            words[BEFORE - 1] = start
+        found |= _prompt(torch.cat([words[:BEFORE], torch.full((count,), token), words[BEFORE:]]))
+        found |= _along_the_prompt(wanted, found, found["input_ids"] == token)
+    decodes = model.config.is_encoder_decoder or hasattr(model.config, "canvas_length") or "input_ids" not in found
+    if "decoder_input_ids" in wanted and decodes:
+        found["decoder_input_ids"] = _words(TEXT_LENGTH, seed + 1)[None]
     return found
 
 
 @torch.no_grad()
-def image_positions(model: nn.Module, pixels: Mapping[str, torch.Tensor]) -> int:
+def image_positions(model: Any, found: Mapping[str, torch.Tensor]) -> int:
     """How many positions of the prompt the image fills: the rows of the features that the model makes of it."""
-    features: Callable[..., Any] | None = getattr(model, "get_image_features", None)
-    if features is None:
-        features = getattr(getattr(model, "model", None), "get_image_features", None)
-    if features is None:
-        raise UnsupportedError(f"tiny inputs of {type(model).__name__}", "the model has no get_image_features")
-    out = features(**pixels)
-    rows = getattr(out, "pooler_output", out)
+    if (latent := getattr(model.config, "latent_query_num", None)) is not None:
+        return int(latent)  # Kosmos: learned queries stand for the image
+    if "cross_attention_mask" in arguments(model):
+        return 1  # Mllama: one token says where the image stands, its features come through cross-attention
+    inside = getattr(model, "model", None)
+    owners = (model, inside, getattr(inside, "encoder", None))
+    names = ("get_image_features", "get_video_features")
+    read = next((getattr(m, name) for m in owners for name in names if hasattr(m, name)), None)
+    if read is None:
+        return 0
+    out = read(**found)
+    rows = next(out[name] for name in ("pooler_output", "deepstack_features", "last_hidden_state") if name in out)
+    if rows is out.get("deepstack_features"):
+        rows = rows[0][1]  # Granite 4 Vision: (layer, features), alike for each layer
     parts = rows if isinstance(rows, (list, tuple)) else [rows]
     return sum(part.numel() // part.shape[-1] for part in parts)
+
+
+def _along_the_prompt(
+    wanted: Mapping[str, Any], found: Mapping[str, torch.Tensor], image: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Arguments that have one entry per position of the prompt; ``image`` says which positions the image fills."""
+    one = torch.ones_like(found["input_ids"])
+    tiles = found.get("aspect_ratio_mask", one[:, :1, None])
+    made = {
+        "mm_token_type_ids": image.long() * IMAGE_TYPE,
+        "token_type_ids": image.long() * IMAGE_TYPE,
+        "image_embeds_position_mask": image.long(),
+        "cross_attention_mask": one[:, :, None, None] * tiles[:, None],
+        "image_attention_mask": one[:, :, None],
+        "bbox": one[:, :, None] * torch.tensor([10, 10, 20, 20]),
+    }
+    return {name: value for name, value in made.items() if name in wanted}
+
+
+def _reads_image_alone(model: Any) -> bool:
+    """An encoder-decoder whose encoder takes the image and no text."""
+    return bool(model.config.is_encoder_decoder) and not (
+        "bbox" in arguments(model) or hasattr(model, "get_image_features")
+    )
+
+
+def _prompt(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
 
 
 def _words(count: int, seed: int) -> torch.Tensor:
@@ -57,41 +96,10 @@ def _words(count: int, seed: int) -> torch.Tensor:
     return torch.randperm(FIRST_SPECIAL - FIRST_WORD, generator=generator)[:count] + FIRST_WORD
 
 
-def _image_token(model: nn.Module) -> int:
-    for name in ("image_token_id", "image_token_index", "img_context_token_id"):
+def _image_token(model: Any) -> int:
+    for name in (*IMAGE_TOKEN_NAMES, "image_patch_id", "video_token_index"):
         if getattr(model.config, name, None) is not None:
             return int(getattr(model.config, name))
+    if "image_embeds_position_mask" in arguments(model):
+        return FIRST_SPECIAL  # a mask marks the image, whatever the ids there
     raise UnsupportedError(f"tiny inputs of {type(model).__name__}", "its configuration names no image token")
-
-
-def _pixels(model: nn.Module, wanted: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """The image arguments of ``forward``, told apart by the other arguments that it has."""
-    vision = getattr(model.config, "vision_config", None)
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    channels = next((getattr(vision, n) for n in ("num_channels", "in_channels", "in_chans") if hasattr(vision, n)), 3)
-    side = _side(vision)
-    if "image_grid_thw" in wanted:  # a flat list of patches and the grid that they fill
-        patch, time = vision.patch_size, getattr(vision, "temporal_patch_size", 1)
-        grid = torch.tensor([[1, 4, 4]])
-        return {"pixel_values": noise(int(grid.prod()), channels * time * patch * patch), "image_grid_thw": grid}
-    if "pixel_attention_mask" in wanted:  # several images per prompt, padded to one size
-        mask = torch.ones(1, 1, side, side, dtype=torch.bool)
-        return {"pixel_values": noise(1, 1, channels, side, side), "pixel_attention_mask": mask}
-    sizes = torch.tensor([[side, side]])
-    if "image_sizes" in inspect.signature(getattr(model, "get_image_features", _pixels)).parameters:
-        if getattr(model.config, "image_grid_pinpoints", None):  # an overview tile and the tiles of the image
-            height, width = model.config.image_grid_pinpoints[0]
-            tiles = 1 + math.prod((height // side, width // side))
-            sizes = torch.tensor([[height, width]])
-            return {"pixel_values": noise(1, tiles, channels, side, side), "image_sizes": sizes}
-        return {"pixel_values": noise(1, channels, side, side), "image_sizes": sizes}
-    return {"pixel_values": noise(1, channels, side, side)}
-
-
-def _side(vision: Any) -> int:
-    size = getattr(vision, "image_size", None)
-    return int(size[0] if isinstance(size, (list, tuple)) else size) if size else 32

@@ -35,14 +35,14 @@ EXPERTS, EXPERTS_USED, EXPERT_MLP = 4, 2, 40
 IMAGE, PATCH = 32, 8  # pixels: a 4 x 4 grid of patches
 
 # A sub-configuration is a tower (vision or audio) when its name contains one of these.
-TOWER_NAMES = ("vision", "audio", "sam_config", "backbone", "vq_config", "image", "dit_config")
+TOWER_NAMES = ("vision", "audio", "sam_config", "backbone", "vq_config", "image", "adapter_config")
 
 # name -> field of Size. A value of None in the default configuration stays None.
 SIZED = {
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "emb_dim", "embed_dim", "embedding_size", "embedding_dim",
-         "input_embedding_size", "hidden_size_global", "output_embedding_size", "word_embed_proj_dim", "lru_width",
-         "patch_embed_hidden_size", "pooler_output_size"),
+         "input_embedding_size", "hidden_size_global", "output_embedding_size", "word_embed_proj_dim",
+         "lru_width", "moe_hidden_size", "pooler_output_size"),
         "width",
     ),
     **dict.fromkeys(
@@ -104,14 +104,16 @@ FIXED: dict[str, float] = {
     "rotary_dim": 8, "query_pre_attn_scalar": 16,
     # images
     "image_size": IMAGE, "patch_size": PATCH, "mm_tokens_per_image": 4, "image_seq_length": 16, "num_image_tokens": 16,
-    "vision_soft_tokens_per_image": 4, "num_query_tokens": 4,
+    "vision_soft_tokens_per_image": 4, "num_query_tokens": 4, "resampler_n_latents": 4, "resampler_num_latents": 4,
+    "canvas_length": 12,
     # what joins the vision tower to the text: the width of the text
     "out_hidden_size": TEXT.width, "text_hidden_size": TEXT.width, "output_dim": TEXT.width,
     "projection_dim": TEXT.width, "projector_hidden_size": TEXT.mlp, "projection_hidden_size": TOWER.width,
     "encoder_hidden_size": TOWER.width, "image_text_hidden_size": TEXT.width, "adapter_out_dim": TEXT.width,
     "adapter_in_dim": TOWER.width, "adapter_input_size": TOWER.width, "vision_output_dim": TEXT.width,
     "projector_input_dim": TEXT.width, "projector_output_dim": TEXT.width, "decoder_hidden_size": TEXT.width,
-    "latent_query_num": 4, "image_token_embed_dim": TOWER.width,
+    "patch_embed_hidden_size": 3 * PATCH**2, "vision_hidden_size": TOWER.width, "max_img_size": 4 * IMAGE,
+    "max_image_size": 4 * IMAGE, "latent_query_num": 4, "image_token_embed_dim": TOWER.width,
     # convolutions and quantisers of towers
     "output_channels": TOWER.width, "base_channels": TOWER.width, "window_size": 2, "num_embeddings": 8,
     "codebook_size": 8, "downsample_hidden_size": 16, "nemo_conv_channels": 32, "ext_pw_out_channel": 32,
@@ -122,13 +124,14 @@ FIXED: dict[str, float] = {
 FIXED_LISTS = {
     "image_grid_pinpoints": [[2 * IMAGE, IMAGE], [IMAGE, 2 * IMAGE]],
     "downsample_channels": [TOWER.width, TOWER.width],
-    "channel_multiplier": [1, 1],
+    "channel_multiplier": [1, 1, 1, 1],  # halves the image three times: one code per patch
 }
 
 # name -> largest value: kept when the default is smaller.
 AT_MOST = {
     **dict.fromkeys(
-        ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts"), EXPERTS_USED
+        ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts"),
+        EXPERTS_USED,
     ),
     "n_group": 2, "num_expert_group": 2, "topk_group": 1,
     "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
@@ -138,6 +141,8 @@ AT_MOST = {
 WHEN_NONE = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": EXPERTS_USED}
 SIZED_WHEN_NONE = ("head_dim", "num_key_value_heads")
 
+# What special tokens are called; the stem before the ending names the token.
+SPECIAL_ENDINGS = ("_token_id", "_token_index", "_token_ids", "_patch_id", "_newline_id")
 # An id for the image placeholder, where the default configuration leaves it to the processor.
 IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
 

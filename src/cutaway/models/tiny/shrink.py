@@ -7,17 +7,16 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cutaway.models.tiny import rules
-from cutaway.models.tiny.overrides import OVERRIDES
+from cutaway.models.tiny.overrides import DEFAULTS, OVERRIDES
 from cutaway.models.tiny.rules import TEXT, TOWER, Size
 
-SPECIAL_TOKEN_ENDINGS = ("_token_id", "_token_index", "_token_ids")
 _KEEP = object()  # the default value stays
 
 
 def tiny_config(config_class: type, changes: Mapping[str, Any] | None = None) -> Any:
     """A tiny configuration of ``config_class``; ``changes`` come last (``text_config__vocab_size`` reaches inside)."""
-    default = config_class(**OVERRIDES.get(config_class.__name__, {}).get("default", {}))
-    return _shrunk(default, "", _special_ids(default), _nested(changes or {}))
+    default = config_class(**DEFAULTS.get(config_class.__name__, {}))
+    return _shrunk(default, "", {}, _special_ids(default), _nested(changes or {}))
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,22 @@ class _Place:
     ids: Mapping[str, int]
 
 
-def _shrunk(default: Any, key: str, ids: Mapping[str, int], changes: Mapping[str, Any]) -> Any:
+def _shrunk(
+    default: Any, key: str, start: Mapping[str, Any], ids: Mapping[str, int], changes: Mapping[str, Any]
+) -> Any:
+    """``default`` made small; ``key`` is where it stands, ``start`` what its parent asks of it."""
     size = TOWER if any(part in key for part in rules.TOWER_NAMES) else TEXT
-    own = OVERRIDES.get(type(default).__name__, {})
     place = _Place(default, size, _kept_layers(default, size), ids)
-    given: dict[str, Any] = dict(own.get("default", {}))
-    own_inner = _nested(own.get("inner", {}))
+    own = _nested(OVERRIDES.get(type(default).__name__, {}))
+    given = {name: _small_or_same(name, value, place) for name, value in start.items()}
     for field in fields(default):
         value = _value(default, field.name)
         if _is_config(value):
-            inner = {**own_inner.get(field.name, {}), **_dict(changes.get(field.name))}
-            given[field.name] = _shrunk(value, f"{key}.{field.name}", ids, inner)
-        elif field.name not in own.get("default", {}):
-            small = _small(field.name, value, place)
-            if small is not _KEEP:
-                given[field.name] = small
+            inner = {**own.pop(field.name, {}), **_dict(changes.get(field.name))}
+            begin = _start(default, field.name)
+            given[field.name] = _shrunk(value, f"{key}.{field.name}", begin, ids, inner)
+        elif (small := _small(field.name, value, place)) is not _KEEP:
+            given[field.name] = small
     if overrides := _layer_overrides(default):
         given["per_layer_config"] = {
             i: {k: _raised(k, v, place) for k, v in overrides[j].items()}
@@ -52,10 +52,15 @@ def _shrunk(default: Any, key: str, ids: Mapping[str, int], changes: Mapping[str
             if j in overrides
         }
     if not key:
-        given.update({k: v for k, v in rules.FLAGS.items() if hasattr(default, k)})
-    given.update(own.get("set", {}))
-    given.update({k: v for k, v in changes.items() if not _is_config(_value(default, k))})
+        given |= {k: v for k, v in rules.FLAGS.items() if hasattr(default, k)}
+    given |= own
+    given |= {k: v for k, v in changes.items() if not _is_config(_value(default, k))}
     return type(default)(**given)
+
+
+def _small_or_same(name: str, value: Any, place: _Place) -> Any:
+    small = _small(name, value, place)
+    return value if small is _KEEP else small
 
 
 def _small(name: str, value: Any, place: _Place) -> Any:
@@ -65,7 +70,11 @@ def _small(name: str, value: Any, place: _Place) -> Any:
     if value is None and name in rules.IMAGE_TOKEN_NAMES:
         return place.ids[_stem(name)]
     if value is None:
-        return getattr(place.size, rules.SIZED[name]) if name in rules.SIZED_WHEN_NONE else rules.WHEN_NONE.get(name, _KEEP)
+        return (
+            getattr(place.size, rules.SIZED[name])
+            if name in rules.SIZED_WHEN_NONE
+            else rules.WHEN_NONE.get(name, _KEEP)
+        )
     if isinstance(value, (bool, str)) or name.startswith("_"):
         return _KEEP
     if _is_special(name):
@@ -137,6 +146,12 @@ def _rope(value: Any, place: _Place) -> Any:
     return {**value, "mrope_section": [half - 2 * side, side, side]}
 
 
+def _start(config: Any, name: str) -> dict[str, Any]:
+    """What a configuration asks of a sub-configuration when it makes the default one."""
+    spec = type(config).sub_configs_defaults.get(name)
+    return dict(spec.init_kwargs) if spec is not None else {}
+
+
 def _is_range(values: Sequence[Any]) -> bool:
     return list(values) == list(range(len(values)))
 
@@ -162,12 +177,12 @@ def _is_config(value: Any) -> bool:
 
 
 def _is_special(name: str) -> bool:
-    return name.endswith(SPECIAL_TOKEN_ENDINGS)
+    return name.endswith(rules.SPECIAL_ENDINGS)
 
 
 def _stem(name: str) -> str:
     """``image`` for ``image_token_id`` and ``image_token_index``: both mean the same token."""
-    for ending in SPECIAL_TOKEN_ENDINGS:
+    for ending in rules.SPECIAL_ENDINGS:
         name = name.removesuffix(ending)
     return name
 
@@ -188,9 +203,9 @@ def _special_stems(config: Any) -> set[str]:
         value = _value(config, field.name)
         if _is_config(value):
             found |= _special_stems(value)
-        elif field.name in rules.IMAGE_TOKEN_NAMES and value is None:
-            found.add(_stem(field.name))
-        elif _is_special(field.name) and any(not 0 <= v < rules.FIRST_WORD for v in _listed(value)):
+            continue
+        unnamed = value is None and field.name in rules.IMAGE_TOKEN_NAMES
+        if unnamed or (_is_special(field.name) and any(not 0 <= v < rules.FIRST_WORD for v in _listed(value))):
             found.add(_stem(field.name))
     return found
 
