@@ -60,18 +60,32 @@ def function_of(record: Method) -> Callable[..., None]:
 
 def option_of(parameter: Parameter) -> Any:
     """The annotation that makes Typer's option of a parameter. Every value is taken as text; the form reads it."""
-    form, flag = parameter.form, "--" + parameter.name.replace("_", "-")
-    switch = form.name == "switch"
+    form, switch = parameter.form, parameter.form.name == "switch"
     says = " ".join(part for part in (parameter.help, f"({form.says})" if form.says and not switch else "") if part)
     option = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if switch else flag,
+        _flags(parameter),
         help=escape(says),
-        metavar=None if switch else form.name.upper().replace(" ", "_"),
+        metavar=None if switch else _metavar(form),
         show_default=escape(parameter.default_text) if parameter.default_text else False,
         rich_help_panel=PARAMETERS,
     )
     kind: Any = bool if switch else list[str] if form.many else str
     return Annotated[kind if parameter.required else kind | None, option]
+
+
+def flag_of(parameter: Parameter) -> str:
+    """How the option of a parameter is written: ``--layers LAYERS``."""
+    switch = parameter.form.name == "switch"
+    return _flags(parameter) if switch else f"{_flags(parameter)} {_metavar(parameter.form)}"
+
+
+def _flags(parameter: Parameter) -> str:
+    word = parameter.name.replace("_", "-")
+    return f"--{word}/--no-{word}" if parameter.form.name == "switch" else f"--{word}"
+
+
+def _metavar(form: Form) -> str:
+    return form.name.upper().replace(" ", "_")
 
 
 def text_of(form: Form, given: Any) -> Any:
