@@ -47,8 +47,13 @@ def answers(model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]]) -> f
 
 
 def _exams() -> dict[str, Callable[[Any, Any], Figures]]:
-    from cutaway.data import Town
+    from cutaway.data import Labels, Town
 
-    from .making import town
+    from .making import labels, recall, town
 
-    return {"town": lambda model, tokenizer: town.accuracies(model, tokenizer, Town())}
+    return {
+        "town": lambda model, tokenizer: town.accuracies(model, tokenizer, Town()),
+        "labels": lambda model, tokenizer: labels.accuracies(model, tokenizer, Labels()),
+        "recall-1": recall.accuracies,
+        "recall-2": recall.accuracies,
+    }

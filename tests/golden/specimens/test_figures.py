@@ -12,6 +12,8 @@ BARS = {
         "sum held-out": 0.95,
         "gender fact share": 0.98,
     },
+    "labels": {f"labels {n} shots held-out": 0.95 for n in (4, 8, 12)} | {"induction": 0.9},
+    "recall-2": {"recall 6 pairs": 0.99},
 }
 
 
@@ -26,6 +28,10 @@ def test_card_figures_hold(name):
 @pytest.mark.parametrize(("name", "figure"), [(n, f) for n, bars in BARS.items() for f in bars])
 def test_bars_are_passed(name, figure):
     assert specimens.card(name).accuracies[figure] >= BARS[name][figure]
+
+
+def test_one_layer_cannot_recall():
+    assert specimens.card("recall-1").accuracies["recall 6 pairs"] <= 0.25
 
 
 def test_town_keeps_its_stereotype_and_its_gaps():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPEATS = loop.Schedule(steps=400, rate=4e-3, warmup=50, floor=0.5, decay=0.01)
-QUESTIONS = loop.Schedule(steps=600, rate=3e-3, warmup=50, decay=0.01)
+QUESTIONS = loop.Schedule(steps=1000, rate=2e-3, warmup=50, decay=0.01)
 SHAPE = {
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -24,7 +24,7 @@ SHAPE = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
-ROWS, LENGTH, PAIRS, SEED = 64, 40, 6, 0
+ROWS, LENGTH, PAIRS, SEED = 96, 40, 6, 0
 
 
 def tokenizer_for() -> PreTrainedTokenizerFast:
@@ -61,20 +61,19 @@ def repeats(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> loop.Batche
 
 
 def questions(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> loop.Batches:
-    """The second stage: rows of ``PAIRS`` pairs followed by every key again with its value, in another order."""
+    """The second stage: rows of ``PAIRS`` pairs of key and value, then one of the keys and its value."""
     keys, values = (np.array(tokenizer.convert_tokens_to_ids(list(words))) for words in (KEYS, VALUES))
 
     def batch(step: int) -> loop.Batch:
         random = np.random.default_rng([seed, 1, step])
-        key = np.argsort(random.random((ROWS, len(keys))))[:, :PAIRS]
-        value = np.argsort(random.random((ROWS, len(values))))[:, :PAIRS]
-        order = np.argsort(random.random((ROWS, PAIRS)))
-        shown = np.stack([keys[key], values[value]], axis=2)
-        asked = np.take_along_axis(shown, order[:, :, None], axis=1)
-        ids = np.concatenate([np.full((ROWS, 1), tokenizer.bos_token_id), shown.reshape(ROWS, -1)], axis=1)
-        ids = np.concatenate([ids, asked.reshape(ROWS, -1)], axis=1)
+        key = keys[np.argsort(random.random((ROWS, len(keys))))[:, :PAIRS]]
+        value = values[np.argsort(random.random((ROWS, len(values))))[:, :PAIRS]]
+        shown = np.stack([key, value], axis=2)
+        asked = shown[np.arange(ROWS), random.integers(PAIRS, size=ROWS)]
+        start = np.full((ROWS, 1), tokenizer.bos_token_id)
+        ids = np.concatenate([start, shown.reshape(ROWS, -1), asked], axis=1)
         weights = np.zeros(ids.shape, dtype=np.float32)
-        weights[:, 2 * PAIRS + 2 :: 2] = 1.0
+        weights[:, -1] = 1.0
         return loop.Batch({"input_ids": torch.from_numpy(ids)}, torch.from_numpy(weights))
 
     return batch
