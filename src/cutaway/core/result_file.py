@@ -31,10 +31,10 @@ def save(result: Result, folder: Path, overwrite: bool = False) -> Path:
     """
     asked = f"saving a {result.kind} to {str(folder)!r}"
     folder = folder.absolute()
-    _refuse_to_bury(folder, overwrite, asked)
     fresh = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
     previous = folder.parent / PREVIOUS.format(folder.name)
     try:
+        _refuse_to_bury(folder, overwrite, asked)
         fresh.mkdir(parents=True)
         try:
             blob = _arrays_to_bytes(result)

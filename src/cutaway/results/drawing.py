@@ -19,6 +19,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 LONGEST_LABEL = 18
 LABEL_PIXELS = 11  # room that one line of label text needs
 CHARACTER_PIXELS = 6.0
+NARROWEST_SIDE = 96  # pixels that the title of an axis needs beside it
 SMALL, LARGE = 1e-3, 1e7  # outside of these, numbers are written as powers of ten
 
 Spec = dict[str, Any]
@@ -129,7 +130,8 @@ def named(dim: str, unit: str = "") -> str:
 
 def step(count: int, room: float, largest: float, smallest: float = 3) -> float:
     """Pixels per cell so that ``count`` cells fit in ``room``, within what a reader can tell apart."""
-    return round(min(largest, max(smallest, room / max(count, 1))), 2)
+    count = max(count, 1)
+    return round(max(min(largest, max(smallest, room / count)), NARROWEST_SIDE / count), 2)
 
 
 def axis(labels: Sequence[Any], title: str, pixels: float, horizontal: bool, longest: int = LONGEST_LABEL) -> Spec:
@@ -245,4 +247,5 @@ def document(body: Spec, title: Spec) -> Spec:
         mark = {"type": "text", "style": "faint", "fontSize": 12, "align": "left"}
         text = {"text": {"field": "text", "type": "nominal"}, "x": {"value": 0}}
         body = {"data": {"values": [{"text": EMPTY}]}, "mark": mark, "encoding": text, "width": 220, "height": 30}
-    return {"$schema": SCHEMA, "title": title, **body, "config": theme()}
+    titled = {"title": title} if any(title["text"]) or title["subtitle"] else {}
+    return {"$schema": SCHEMA, **titled, **body, "config": theme()}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EDGES = 200  # more strokes than this hide each other
 GAP, RISE, PLATE = 14.0, 58.0, 17.0
+MARGIN = 2 * GAP  # edges may pass outside of all nodes
 THINNEST, THICKEST = 0.5, 5.0
 
 
@@ -92,39 +93,29 @@ class Graph(Kind, kind="graph"):
         widths = np.array([len(each) * drawing.CHARACTER_PIXELS + 10 for each in names])
         place = {int(node): i for i, node in enumerate(used)}
         links = [(place[int(self.source[e])], place[int(self.target[e])]) for e in kept]
-        x, rows_of, total = layered(np.asarray(height)[used], links, widths, GAP)
-        y = rows_of * RISE
+        drawn = layered(np.asarray(height)[used], links, widths, GAP)
         largest = float(size[kept].max(initial=0.0)) or 1.0
-        rows: list[dict[str, Any]] = []
+        rows: list[drawing.Spec] = []
         for n, (e, (a, b)) in enumerate(zip(kept, links, strict=True)):
             weight = float(self.weight[e])
-            edge = {
-                "part": "edge",
-                "edge": n,
-                "sign": "negative" if weight < 0 else "positive",
-                "from": names[a],
-                "to": names[b],
-            }
-            edge |= {"shown": drawing.digits(weight), "strength": round(float(size[e] / largest), 4)}
-            bend = (y[a] + y[b]) / 2
-            path = ((x[a], y[a]), (x[a], bend), (x[b], bend), (x[b], y[b]))
-            rows += [{**edge, "step": s, "x": round(px, 1), "y": round(py, 1)} for s, (px, py) in enumerate(path)]
-        for i, name in enumerate(names):
-            left, right = x[i] - widths[i] / 2, x[i] + widths[i] / 2
-            rows.append(
-                {"part": "node", "node": name, "x": round(float(x[i]), 1), "y": round(float(y[i]), 1)}
-                | {
-                    "left": round(left, 1),
-                    "right": round(right, 1),
-                    "low": round(y[i] - PLATE / 2, 1),
-                    "high": round(y[i] + PLATE / 2, 1),
-                }
-            )
-        tall = float(y.max(initial=0.0)) + PLATE
-        return self._document(rows, total, tall, len(kept))
+            edge: drawing.Spec = {"part": "edge", "edge": n, "from": names[a], "to": names[b]}
+            edge |= {"sign": "negative" if weight < 0 else "positive", "shown": drawing.digits(weight)}
+            edge["strength"] = round(float(size[e] / largest), 4)
+            path = [(x, level * RISE) for x, level in drawn.path(a, b)]
+            rows += [{**edge, "step": s, "x": round(x, 1), "y": round(y, 1)} for s, (x, y) in enumerate(path)]
+        for name, x, level, width in zip(names, drawn.x, drawn.row, widths, strict=True):
+            y = level * RISE
+            node = {"part": "node", "node": name, "x": x, "y": y, "left": x - width / 2, "right": x + width / 2}
+            node |= {"low": y - PLATE / 2, "high": y + PLATE / 2}
+            rows.append({key: each if isinstance(each, str) else round(float(each), 1) for key, each in node.items()})
+        return self._document(rows, drawn.width, float(drawn.row.max(initial=0)) * RISE + PLATE, len(kept))
 
     def _document(self, rows: list[dict[str, Any]], wide: float, tall: float, drawn: int) -> drawing.Spec:
-        across = {"scale": {"domain": [0, wide], "nice": False, "zero": False}, "axis": None, "type": "quantitative"}
+        across = {
+            "scale": {"domain": [-MARGIN, wide + MARGIN], "nice": False, "zero": False},
+            "axis": None,
+            "type": "quantitative",
+        }
         up = {
             "scale": {"domain": [-PLATE / 2, tall - PLATE / 2], "nice": False, "zero": False},
             "axis": None,
@@ -179,5 +170,5 @@ class Graph(Kind, kind="graph"):
             f"width: size of {self.measure}{f' in {self.unit}' if self.unit else ''}; orange adds, blue takes away"
         )
         left_out = f"the strongest {drawn} of {len(self.weight):,} edges" if drawn < len(self.weight) else ""
-        body = {"data": {"values": rows}, "width": wide, "height": tall, "layer": layers}
+        body = {"data": {"values": rows}, "width": wide + 2 * MARGIN, "height": tall, "layer": layers}
         return drawing.document(body, drawing.heading(self.title, *self.caption(), said_once, left_out))

@@ -103,12 +103,13 @@ class Kind(Result):
         return self.summary()
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        from cutaway.results.page import table_html
+        from cutaway.results.page import still_html, table_html
 
         return {
             "application/vnd.vegalite.v6.json": self.spec(),
             "text/plain": repr(self),
-            "text/html": table_html(self.highlights()),
+            # For notebooks that cannot draw Vega-Lite themselves; nothing is fetched for it.
+            "text/html": still_html(_png(self)) + table_html(self.highlights()),
         }
 
     def write(self, path: str | Path, **options: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,12 +30,45 @@ def ranks(count: int, source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return height
 
 
-def layered(
-    height: np.ndarray, links: Sequence[tuple[int, int]], widths: np.ndarray, gap: float
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Centre x of every node, its row (heights without the empty ones), and the width of the whole.
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Centre ``x`` and ``row`` (0 below) of every node [node], their ``widths``, and the ``width`` of the whole."""
 
-    Rows are ordered by the mean place of their neighbours, sweeping up and down, then centred.
+    x: np.ndarray
+    row: np.ndarray
+    widths: np.ndarray
+    width: float
+    gap: float
+
+    def path(self, a: int, b: int) -> list[tuple[float, float]]:
+        """Control points (x, row) of the edge from node ``a`` to node ``b``; it passes between the nodes on its way."""
+        xa, xb, low, high = float(self.x[a]), float(self.x[b]), float(self.row[a]), float(self.row[b])
+        if low == high:  # an arc above the row
+            return [(xa, low), (xa, low + 0.5), (xb, low + 0.5), (xb, high)]
+        half = 0.5 if high > low else -0.5
+        between = (self.row > min(low, high)) & (self.row < max(low, high))
+        channel = self._channel(xa, xb, between)
+        if channel is None:
+            bend = (low + high) / 2
+            return [(xa, low), (xa, bend), (xb, bend), (xb, high)]
+        turns = [(xa, low + half), (channel, low + half), (channel, high - half), (xb, high - half)]
+        return [(xa, low), *turns, (xb, high)]
+
+    def _channel(self, xa: float, xb: float, between: np.ndarray) -> float | None:
+        """The x nearest to both ends where no node of the rows ``between`` stands; None when nothing is between."""
+        if not between.any():
+            return None
+        left, right = (self.x + side * self.widths / 2 for side in (-1, 1))
+        left, right = left[between], right[between]
+        free = np.concatenate([[xa, xb], left - self.gap / 2, right + self.gap / 2])
+        free = free[~((free[:, None] > left) & (free[:, None] < right)).any(axis=1)]
+        return float(free[np.argmin(np.abs(free - xa) + np.abs(free - xb))])
+
+
+def layered(height: np.ndarray, links: Sequence[tuple[int, int]], widths: np.ndarray, gap: float) -> Layout:
+    """Places for nodes of the given heights (empty levels are dropped).
+
+    Rows are ordered by the mean place of their neighbours, sweeping up and down.
     """
     levels, row = np.unique(height, return_inverse=True)
     rows = [np.flatnonzero(row == r) for r in range(len(levels))]
@@ -51,7 +85,7 @@ def layered(
             wish = np.array([np.mean([x[n] for n in neighbours[i]]) if neighbours[i] else x[i] for i in r])
             order = r[np.argsort(wish, kind="stable")]
             x[order] = _settle(np.sort(wish, kind="stable"), widths[order], gap, total)
-    return x, row.astype(float), total
+    return Layout(x, row, widths, total, gap)
 
 
 def _spread(nodes: np.ndarray, widths: np.ndarray, gap: float, total: float) -> np.ndarray:

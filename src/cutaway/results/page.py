@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
@@ -107,6 +108,11 @@ def vega_script() -> str:
     import vl_convert
 
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
+
+
+def still_html(png: bytes) -> str:
+    """A drawn picture as an image that carries its own bytes."""
+    return f'<img alt="" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def table_html(rows: pandas.DataFrame) -> str:

@@ -103,19 +103,15 @@ class Pattern(Kind, kind="pattern"):
 
         mean = self.entropy().mean(axis=-1)
         grid = Grid(
-            title=self.title,
             values=mean,
             axes=("layer", "head"),
             labels={dim: names for dim, names in self.labels.items() if dim in ("layer", "head")},
             measure="mean entropy",
             unit="nats",
             scale="sequential",
-            made_by=self.made_by,
-            check=self.check,
         )
-        spec = grid.spec()
-        spec["title"]["subtitle"].append("too many heads to draw at once: choose with layer=, head=")
-        return spec
+        hint = "too many heads to draw at once: choose with layer=, head="
+        return {**grid.spec(), "title": drawing.heading(self.title, *self.caption(), hint)}
 
 
 def _mean(values: np.ndarray) -> float:

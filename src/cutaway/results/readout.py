@@ -93,11 +93,12 @@ class Readout(Kind, kind="readout"):
             if written:
                 row |= {"cell": drawing.shown(self.tokens[i, j, 0], 10), "high": (value or 0) > PERCENT_ON_DARK}
             rows.append(row)
+        letters = int((width - 4) / drawing.CHARACTER_PIXELS) if written else drawing.LONGEST_LABEL
         says = f"p({drawing.shown(self.target)})" if target else "p(top token)"
         colors = drawing.color(says, np.array([0.0, 1.0]), signed=False, length=height * layers)
         colors["legend"]["format"] = ".0%"
         body = drawing.heat(
-            x=drawing.axis(places, "Position (token read there)", width, horizontal=True),
+            x=drawing.axis(places, "Position (token read there)", width, horizontal=True, longest=letters),
             y=drawing.axis(names, "Layer", height, horizontal=False),
             colors=colors,
             tooltip=["layer", "position", "top"],

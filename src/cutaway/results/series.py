@@ -89,7 +89,6 @@ class Series(Kind, kind="series"):
         if self.lo is not None:
             layers.append(
                 {
-                    "transform": [{"filter": "isValid(datum.lo) && isValid(datum.hi)"}],
                     "mark": {"type": "area", "opacity": 0.18, "line": False},
                     "encoding": {**place, "y": y | {"field": "lo"}, "y2": {"field": "hi"}},
                 }

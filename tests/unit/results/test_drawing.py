@@ -137,7 +137,8 @@ def test_nodes_of_a_layer_do_not_overlap() -> None:
     height = np.repeat(np.arange(6), 7)
     widths = rng.uniform(20, 90, size=len(height))
     links = [(int(a), int(b)) for a, b in rng.integers(0, len(height), (200, 2)) if height[a] < height[b]]
-    x, row, total = layered(height, links, widths, gap=10.0)
+    drawn = layered(height, links, widths, gap=10.0)
+    x, row, total = drawn.x, drawn.row, drawn.width
     for level in range(6):
         at = np.flatnonzero(row == level)
         at = at[np.argsort(x[at])]
@@ -145,6 +146,22 @@ def test_nodes_of_a_layer_do_not_overlap() -> None:
         assert (left[1:] - right[:-1] >= 10.0 - 1e-9).all()
         assert left.min() >= -1e-9
         assert right.max() <= total + 1e-9
+
+
+def test_edges_pass_between_the_nodes_on_their_way() -> None:
+    height = np.array([0, 1, 1, 1, 2, 3])
+    links = [(0, 4), (0, 5), (1, 5), (0, 2), (4, 5)]
+    drawn = layered(height, links, np.full(6, 40.0), gap=10.0)
+    for a, b in links:
+        path = drawn.path(a, b)
+        assert path[0] == (drawn.x[a], height[a])
+        assert path[-1] == (drawn.x[b], height[b])
+        channel = path[len(path) // 2][0]
+        for other in range(6):
+            if height[a] < height[other] < height[b]:
+                assert abs(channel - drawn.x[other]) >= 20.0
+    beside = drawn.path(1, 2)
+    assert max(level for _, level in beside) > 1.0
 
 
 def test_a_graph_draws_its_strongest_edges_and_says_so() -> None:

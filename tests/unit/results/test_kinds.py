@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -132,7 +133,10 @@ def test_notebook_gets_picture_text_and_table(name: str) -> None:
     bundle = EXAMPLES[name]._repr_mimebundle_()
     assert bundle["application/vnd.vegalite.v6.json"] == EXAMPLES[name].spec()
     assert bundle["text/plain"] == repr(EXAMPLES[name])
-    assert bundle["text/html"].startswith("<table>")
+    still, found, rows = bundle["text/html"].partition("<table>")
+    assert still.startswith('<img alt="" style="max-width:100%" src="data:image/png;base64,iVBOR')
+    assert found
+    assert rows.count("<tr>") == min(len(EXAMPLES[name].table()), 200, len(EXAMPLES[name].highlights())) + 1
 
 
 @every_kind
@@ -197,8 +201,15 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         EXAMPLES["grid"].write(tmp_path / "file" / "picture.json")
 
 
-def test_kinds_are_documented() -> None:
+def test_picture_options_are_documented() -> None:
+    page = (GOLDEN.parents[2] / "docs" / "concepts" / "results.md").read_text(encoding="utf-8")
     for result in EXAMPLES.values():
         assert isinstance(result, Kind)
-        assert type(result).__doc__
-        assert type(result).spec.__doc__
+        options = list(inspect.signature(result.spec).parameters)
+        row = re.search(
+            rf"^\| `{type(result).__name__}` \| (.*`.*`.*) \|$", page.partition("## Pictures")[2], re.MULTILINE
+        )
+        assert bool(row) == bool(options), result.kind
+        for option in options:
+            assert row
+            assert re.search(rf"`{option}(=\w+)?`", row[1]), option
