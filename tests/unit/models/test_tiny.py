@@ -151,6 +151,20 @@ def test_config_overrides_reach_sub_configurations() -> None:
     assert (made.hf.config.text_config.num_hidden_layers, made.hf.config.vision_config.num_hidden_layers) == (1, 3)
 
 
+def test_another_depth_shortens_the_lists_with_one_entry_per_layer() -> None:
+    assert tiny("Gemma2ForCausalLM", num_hidden_layers=2).hf.config.layer_types == [
+        "sliding_attention",
+        "full_attention",
+    ]
+    assert len(tiny("Gemma2ForCausalLM", num_hidden_layers=5).hf.model.layers) == 5
+
+
+@pytest.mark.parametrize("name", ["hiden_size", "vision_config__hidden_size"])
+def test_an_attribute_that_the_configuration_lacks_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="no such attribute"):
+        tiny("LlamaForCausalLM", **{name: 32})
+
+
 def test_a_class_of_two_tasks_is_text_only_as_causal_lm() -> None:
     assert ("Gemma3ForConditionalGeneration", "causal-lm") in architectures()
     assert set(tiny("Gemma3ForConditionalGeneration").inputs) == {"input_ids", "attention_mask"}

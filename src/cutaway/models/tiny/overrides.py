@@ -1,8 +1,8 @@
 """What inspection cannot infer: the attributes to set, per class of configuration.
 
 ``OVERRIDES`` are set in the tiny configuration, over what the rules chose; ``a__b`` reaches attribute ``b`` of the
-sub-configuration ``a``, where its class is shared with other models. ``DEFAULTS`` go into the default configuration that
-the rules look at.
+sub-configuration ``a``, where its class is shared with other models. ``DEFAULTS`` go into the default configuration
+that the rules look at.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    # --- Hybrids whose default has no softmax attention: one layer in the middle gets it.
+    # --- Hybrids whose default has one kind of layer: softmax attention in the middle.
     "BambaConfig": {"attn_layer_indices": [1]},
     "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "Lfm2Config": {"layer_types": ["conv", "full_attention", "conv"]},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv"]},
     # --- Read left to right.
     "BigBirdConfig": {"attention_type": "original_full"},
@@ -176,7 +177,5 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 # Classes that no inputs of their own can run, and why.
-DRAFTS = (
-    "it drafts tokens for another model, whose hidden states and shared keys and values it takes instead of a prompt"
-)
+DRAFTS = "it drafts tokens for another model, whose hidden states, keys and values it takes instead of a prompt"
 CANNOT = {"Gemma4AssistantForCausalLM": DRAFTS, "Gemma4UnifiedAssistantForCausalLM": DRAFTS}

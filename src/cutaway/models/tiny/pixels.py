@@ -21,7 +21,7 @@ Noise = Callable[..., torch.Tensor]
 
 
 def arguments(model: Any) -> Mapping[str, Any]:
-    """The arguments of ``forward``, and of ``get_image_features`` where the model's own hides them behind ``*args``."""
+    """The arguments of ``forward`` by name."""
     return inspect.signature(type(model).forward).parameters
 
 
@@ -44,8 +44,8 @@ def pixels(model: Any, seed: int) -> Pixels:
 
 
 def _features(model: Any) -> Callable[..., Any]:
-    owners = (model, getattr(model, "model", None))
-    return next((m.get_image_features for m in owners if hasattr(m, "get_image_features")), pixels)
+    owner = model if hasattr(model, "get_image_features") else model.model
+    return owner.get_image_features
 
 
 def _side(vision: Any) -> int:

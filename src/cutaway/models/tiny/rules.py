@@ -151,6 +151,6 @@ FLAGS = {"is_decoder": True}
 
 # Lists of layer indices (not one entry per layer): the last layer of the tiny model is kept.
 LAYER_INDEX_LISTS = (
-    "moe_layers", "full_attn_idxs", "cross_attention_layers", "deepstack_visual_indexes", "fullatt_block_indexes",
+    "moe_layers", "cross_attention_layers", "deepstack_visual_indexes", "fullatt_block_indexes",
     "global_attn_indexes", "hybrid_layer_ids", "ple_layer_ids", "intermediate_layers_indices", "rope_scaling_layers",
 )  # fmt: skip

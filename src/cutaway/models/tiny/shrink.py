@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from cutaway.core.errors import UnsupportedError, nearest
 from cutaway.models.tiny import rules
 from cutaway.models.tiny.overrides import DEFAULTS, OVERRIDES
 from cutaway.models.tiny.rules import TEXT, TOWER, Size
 
+DEPTH_NAMES = [name for name, sized in rules.SIZED.items() if sized == "layers"]
 _KEEP = object()  # the default value stays
 
 
@@ -33,8 +35,9 @@ def _shrunk(
     default: Any, key: str, start: Mapping[str, Any], ids: Mapping[str, int], changes: Mapping[str, Any]
 ) -> Any:
     """``default`` made small; ``key`` is where it stands, ``start`` what its parent asks of it."""
+    _refuse_unknown(default, changes)
     size = TOWER if any(part in key for part in rules.TOWER_NAMES) else TEXT
-    place = _Place(default, size, _kept_layers(default, size), ids)
+    place = _Place(default, size, _kept_layers(default, size, changes), ids)
     own = _nested(OVERRIDES.get(type(default).__name__, {}))
     given = {name: _small_or_same(name, value, place) for name, value in start.items()}
     for field in fields(default):
@@ -115,11 +118,27 @@ def _raised(name: str, value: Any, place: _Place) -> Any:
     return small * 2 if isinstance(small, int) and common and value > common else small
 
 
-def _kept_layers(config: Any, size: Size) -> list[int]:
+def _refuse_unknown(config: Any, changes: Mapping[str, Any]) -> None:
+    # transformers keeps attributes that it does not know without a word
+    for name in changes:
+        if name not in vars(config) and not hasattr(config, name):
+            known = [field.name for field in fields(config)]
+            raise UnsupportedError(
+                f"{name!r} of a tiny {type(config).__name__}", "no such attribute", nearest(name, known)
+            )
+
+
+def _kept_layers(config: Any, size: Size, changes: Mapping[str, Any]) -> list[int]:
     """The fewest first layers that show every kind of layer; the last of them repeated up to the usual number."""
+    wanted = next((changes[name] for name in DEPTH_NAMES if name in changes), None)
+    kept = _telling_layers(config) or list(range(size.layers))
+    kept += [kept[-1]] * (max(size.layers, wanted or 0) - len(kept))
+    return kept[:wanted]
+
+
+def _telling_layers(config: Any) -> list[int]:
+    """The first layer of each kind: a kind is what the lists with one entry per layer say of it."""
     depth = _depth(config)
-    if not depth:
-        return list(range(size.layers))
     lists = [_value(config, field.name) for field in fields(config)]
     per_layer = [v for v in lists if isinstance(v, (list, tuple)) and len(v) == depth and not _is_range(v)]
     overrides = _layer_overrides(config)
@@ -130,7 +149,7 @@ def _kept_layers(config: Any, size: Size) -> list[int]:
         if not kinds <= seen:
             seen |= kinds
             kept.append(layer)
-    return kept + [kept[-1]] * (size.layers - len(kept))
+    return kept
 
 
 def _rope(value: Any, place: _Place) -> Any:
@@ -162,8 +181,7 @@ def _value(config: Any, name: str) -> Any:
 
 
 def _depth(config: Any) -> int:
-    names = [name for name, sized in rules.SIZED.items() if sized == "layers"]
-    counts = [_value(config, name) for name in names]
+    counts = [_value(config, name) for name in DEPTH_NAMES]
     return next((count for count in counts if isinstance(count, int)), 0)
 
 
