@@ -1,0 +1,70 @@
+"""From the last residual stream to a metric, computing no logit that the metric does not read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from cutaway.core.metric import Metric
+from cutaway.models.handle import Model
+from cutaway.models.plan import Step
+
+
+class Readout:
+    """The metric of rows of the last residual stream.
+
+    A metric that reads the logits of a few tokens multiplies with their rows of the head only. Others take the whole
+    vocabulary, a few runs at a time.
+    """
+
+    def __init__(self, model: Model, metric: Metric, positions: int, budget: int) -> None:
+        self.model, self.metric = model, metric
+        tail = model.anatomy().tail
+        self._head = next((i for i in reversed(range(len(tail))) if tail[i].module), -1)
+        self._tail = tail
+        width = len(metric.ids) if self.few else self.vocabulary
+        self.bytes_per_run = 4 * max(1, positions) * width * 4
+        self._runs = max(1, budget // self.bytes_per_run)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the head scores."""
+        return int(self.model.hf.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+    @property
+    def few(self) -> bool:
+        """Whether only the rows of the metric's tokens are computed."""
+        if not self.metric.tokens_only or self._head < 0:
+            return False
+        head = self.model.hf.get_submodule(self._tail[self._head].module)
+        return type(head) is nn.Linear and all(_elementwise(step) for step in self._tail[self._head + 1 :])
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[run] the metric of [run, read, d_model] rows of the last residual stream."""
+        return torch.cat([self._some(part) for part in rows.split(self._runs)])
+
+    def _some(self, rows: Tensor) -> Tensor:
+        if not self.few:
+            return self.metric.of(self.model.unembed(rows))
+        hf, x = self.model.hf, rows.reshape(1, -1, rows.shape[-1])
+        with torch.no_grad():
+            for step in self._tail[: self._head]:
+                x = step.run(hf, x)
+            head = hf.get_submodule(self._tail[self._head].module)
+            ids = torch.tensor(self.metric.ids, device=x.device)
+            bias = None if head.bias is None else head.bias[ids]  # type: ignore[index]
+            x = nn.functional.linear(x, head.weight[ids], bias)  # type: ignore[index]
+            for step in self._tail[self._head + 1 :]:
+                x = step.run(hf, x)
+        named = replace(self.metric, ids=tuple(range(len(self.metric.ids))))
+        return named.of(x.reshape(*rows.shape[:-1], -1))
+
+
+def _elementwise(step: Step) -> bool:
+    if step.call is None:
+        return False
+    _, args, kwargs = step.call
+    others = [a for i, a in enumerate(args) if i != step.slot] + list(kwargs.values())
+    return all(isinstance(a, int | float | torch.dtype | None) for a in others)

@@ -1,0 +1,230 @@
+"""Walk the layers once with many runs packed into one matrix of rows.
+
+Rows are positions of runs. Before layer l the runs that start there join. The layer itself is called on all rows at
+once, since everything in it but attention treats each row alone; its attention is answered run by run, on the run's own
+later keys and the base run's earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cutaway.engine.base import Attended, Base, LayerCall
+from cutaway.engine.reduce import Entry, Reducer
+from cutaway.engine.rows import position_axis
+from cutaway.models.interface import ATTENTION
+
+
+@dataclass
+class Group:
+    """Runs that start at the same position: [run, pos, d_model] their rows from ``first`` on."""
+
+    first: int
+    runs: list[int] = field(default_factory=list)
+    rows: Tensor | None = None
+
+    def join(self, runs: Sequence[int], rows: Tensor) -> None:
+        """More runs of the same start."""
+        self.runs.extend(runs)
+        self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
+
+
+@dataclass
+class _Keys:
+    """Keys and values of the packed rows in the last layer, taken before the rows that are read go through it."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
+class _Taken(BaseException):
+    """Leaves the last layer once its keys and values are known."""
+
+
+class Walk:
+    """One walk through the layers for some of the runs."""
+
+    def __init__(self, base: Base, reducer: Reducer, reads: Sequence[int]) -> None:
+        self.base, self.reducer, self.reads = base, reducer, list(reads)
+        self.end = max(base.reach.last[p] for p in reads) + 1
+
+    def __call__(self, entries: Sequence[Entry]) -> tuple[list[int], Tensor]:
+        """(runs, [run, read, d_model]) the last residual stream of each run at the positions that are read."""
+        layers = self.base.layers
+        groups = {e.first: Group(e.first) for e in sorted(entries, key=lambda e: e.first)}
+        for i in range(min(e.layer for e in entries), len(layers)):
+            last = i == len(layers) - 1
+            self._join(groups, [e for e in entries if e.layer == i and not e.mid], layers[i].pre)
+            mids = {first: Group(first) for first in groups}
+            self._join(mids, [e for e in entries if e.layer == i and e.mid], layers[i].pre)
+            live = [g for g in groups.values() if g.rows is not None]
+            late = [g for g in mids.values() if g.rows is not None]
+            if not live and not late:
+                continue
+            keys = self._keys(layers[i], live) if last and live else None
+            if last:
+                for g in (*live, *late):
+                    g.rows = self._read(g)
+            self._layer(layers[i], live, late, last, keys)
+            for g in late:
+                if g.rows is not None:
+                    groups[g.first].join(g.runs, g.rows)
+            gap = self.base.gap(i)
+            if gap is not None:
+                for g in groups.values():
+                    g.rows = None if g.rows is None else g.rows + gap[g.first : self.end]
+        after = {first: Group(first) for first in groups}
+        self._join(after, [e for e in entries if e.layer == len(layers)], layers[-1].post)
+        for g in after.values():
+            if g.rows is not None:
+                groups[g.first].join(g.runs, self._read(g))
+        return self._finish([g for g in groups.values() if g.rows is not None])
+
+    def _join(self, groups: dict[int, Group], entries: Sequence[Entry], stream: Tensor) -> None:
+        by_first: dict[int, list[Entry]] = {}
+        for e in entries:
+            by_first.setdefault(e.first, []).append(e)
+        for first, here in by_first.items():
+            rows = stream[first : self.end].expand(len(here), -1, -1).clone()
+            for row, e in zip(rows, here, strict=True):
+                at, change = self.reducer.delta(e)
+                keep = (at >= first) & (at < self.end)
+                at = at[keep]
+                row[at - first] = (stream[at].to(change.dtype) + change[keep]).to(row.dtype)
+            groups[first].join([e.run for e in here], rows)
+
+    def _positions(self, g: Group, reading: bool) -> Tensor:
+        device = self.base.layers[0].pre.device
+        if reading:
+            return torch.tensor([p for p in self.reads if p >= g.first], device=device, dtype=torch.long)
+        return torch.arange(g.first, self.end, device=device)
+
+    def _read(self, g: Group) -> Tensor:
+        if g.rows is None:
+            raise RuntimeError("a group without rows is not read")
+        return g.rows[:, self._positions(g, True) - g.first]
+
+    def _pack(self, groups: Sequence[Group], reading: bool) -> tuple[Tensor, Tensor]:
+        rows = [g.rows.flatten(0, 1) for g in groups if g.rows is not None]
+        at = [self._positions(g, reading).repeat(len(g.runs)) for g in groups]
+        d = self.base.layers[0].pre
+        return (torch.cat(rows), torch.cat(at)) if rows else (d[:0], torch.empty(0, dtype=torch.long, device=d.device))
+
+    def _keys(self, call: LayerCall, live: Sequence[Group]) -> _Keys:
+        """Keys and values of every live row: all that the last layer needs of the rows that are not read."""
+        taken = _Keys()
+
+        def take(native: Any, own: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *a: Any, **kw: Any) -> Any:
+            taken.k, taken.v = k, v
+            raise _Taken
+
+        rows, at = self._pack(live, False)
+        with ATTENTION.watch({id(_seen(call).module): take}):
+            try:
+                call.run(rows, at)
+            except _Taken:
+                return taken
+        raise RuntimeError("the last layer did not attend")
+
+    def _layer(
+        self, call: LayerCall, live: Sequence[Group], late: Sequence[Group], reading: bool, keys: _Keys | None
+    ) -> None:
+        """Run one layer on the rows of all groups; those of ``late`` take the base run's attention."""
+        seen = _seen(call)
+        x, at = self._pack(live, reading)
+        x_late, at_late = self._pack(late, reading)
+        frozen = seen.out[0, at_late] if seen.out is not None and len(at_late) else None
+
+        def answer(
+            native: Any, own: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *a: Any, **kw: Any
+        ) -> Any:
+            k, v = (keys.k, keys.v) if keys is not None and keys.k is not None and keys.v is not None else (k, v)
+            z = self._attend(seen, live, reading, q, k, v)
+            return (z.transpose(1, 2) if seen.heads_first else z), None
+
+        with ATTENTION.watch({id(seen.module): answer}), _freezing(seen.module, len(at), frozen):
+            out = call.run(torch.cat([x, x_late]), torch.cat([at, at_late]))
+        start = 0
+        for g in (*live, *late):
+            if g.rows is not None:
+                n = g.rows.shape[0] * g.rows.shape[1]
+                g.rows = out[start : start + n].view(g.rows.shape)
+                start += n
+
+    def _attend(self, seen: Attended, live: Sequence[Group], reading: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[1, rows, head, d_value] attention of the packed rows, group by group."""
+        parts, q_start, k_start = [], 0, 0
+        for g in live:
+            n, m = len(g.runs), self.end - g.first
+            at = self._positions(g, reading)
+            queries = _split(q[:, :, q_start : q_start + n * len(at)], n)
+            own = [_split(x[:, :, k_start : k_start + n * m], n) for x in (k, v)]
+            base = [x[:, :, : g.first].expand(n, -1, -1, -1) for x in (seen.k, seen.v)]
+            keys, values = (torch.cat([b, o], dim=2) for b, o in zip(base, own, strict=True))
+            parts.append(seen(queries, keys, values, at).flatten(0, 1))
+            q_start, k_start = q_start + n * len(at), k_start + n * m
+        return torch.cat(parts)[None] if parts else seen.z[:, :1]  # some row has to pass: see _freezing
+
+    def _finish(self, groups: Sequence[Group]) -> tuple[list[int], Tensor]:
+        post = self.base.layers[-1].post[self.reads]
+        runs = [run for g in groups for run in g.runs]
+        out = post.expand(len(runs), -1, -1).clone()
+        start = 0
+        for g in groups:
+            if g.rows is not None and g.rows.shape[1]:
+                out[start : start + len(g.runs), -g.rows.shape[1] :] = g.rows
+            start += len(g.runs)
+        return runs, out
+
+
+def _seen(call: LayerCall) -> Attended:
+    if call.attended is None:
+        raise RuntimeError("the layer did not attend in the base run")
+    return call.attended
+
+
+def _split(x: Tensor, n: int) -> Tensor:
+    """[run, head, pos, d] of packed [1, head, run * pos, d]."""
+    return x[0].unflatten(1, (n, -1)).transpose(0, 1)
+
+
+@contextmanager
+def _freezing(module: nn.Module, live: int, frozen: Tensor | None) -> Iterator[None]:
+    """While open, the module runs on the first ``live`` rows only, and gives ``frozen`` for the others.
+
+    Without live rows it runs on one, whose result is dropped: views with a free size do not take empty tensors.
+    """
+    if frozen is None:
+        yield
+        return
+    total = live + frozen.shape[0]
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            axis = position_axis(value.shape, total, "of attention")
+            return value if axis is None else value.narrow(axis, 0, max(live, 1))
+        if isinstance(value, tuple | list):
+            return type(value)([cut(v) for v in value])
+        return value
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return cut(args), {k: v if "mask" in k else cut(v) for k, v in kwargs.items()}
+
+    def after(_: nn.Module, args: Any, out: Any) -> Any:
+        x = out if isinstance(out, Tensor) else out[0]
+        full = torch.cat([x[:, :live], frozen[None].to(x.dtype)], dim=1)
+        return full if isinstance(out, Tensor) else type(out)([full, *out[1:]])
+
+    first = module.register_forward_pre_hook(before, with_kwargs=True)
+    second = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        first.remove()
+        second.remove()
