@@ -13,6 +13,7 @@ BARS = {
         "gender fact share": 0.98,
     },
     "labels": {f"labels {n} shots held-out": 0.95 for n in (4, 8, 12)} | {"induction": 0.9},
+    "town-tuned": {"new facts as told": 0.98},
     "recall-2": {"recall 6 pairs": 0.99},
 }
 
@@ -32,6 +33,12 @@ def test_bars_are_passed(name, figure):
 
 def test_one_layer_cannot_recall():
     assert specimens.card("recall-1").accuracies["recall 6 pairs"] <= 0.25
+
+
+def test_tuning_costs_old_facts():
+    figures = specimens.card("town-tuned").accuracies
+    assert figures["old facts as told"] < 0.6
+    assert specimens.card("town-tuned").truths["base sha256"] == specimens.card("town").sha256
 
 
 def test_town_keeps_its_stereotype_and_its_gaps():
