@@ -30,13 +30,13 @@ _FACADE = {
     "methods": "cutaway.catalog",
     "doctor": "cutaway.models.doctor",
 }
-_RENAMED = {"open": ("cutaway.core.result", "open_result"), "method": ("cutaway.core.method", "method")}
+_RENAMED = {"open": ("cutaway.results", "open_result"), "method": ("cutaway.core.method", "method")}
 
 __all__ = ["__version__", "method", "open", *_FACADE]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from cutaway.core.method import method
-    from cutaway.core.result import open_result as open  # noqa: A004
+    from cutaway.results import open_result as open  # noqa: A004
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from cutaway.core.errors import SiteRangeError, SiteSyntaxError, nearest
+from cutaway.core.names import from_transformer_lens
 
 
 class Kind(NamedTuple):
@@ -84,7 +85,7 @@ class Items(tuple[tuple[int, int], ...]):
             raise SiteSyntaxError("items", f"{values} has no text form", "name the first and the last item: '0-5'")
         runs: list[tuple[int, int]] = []
         for value in values:
-            if runs and value == runs[-1][1] + 1 and (value > 0) == (runs[-1][0] >= 0):
+            if runs and value == runs[-1][1] + 1 and (value >= 0) == (runs[-1][0] >= 0):
                 runs[-1] = (runs[-1][0], value)
             else:
                 runs.append((value, value))
@@ -135,7 +136,7 @@ class Site:
     @lru_cache(maxsize=65536)
     def parse(text: str) -> Site:
         """The site that ``text`` names; SiteSyntaxError with the nearest kind when it names none."""
-        match = _SITE.fullmatch(text.strip())
+        match = _SITE.fullmatch(from_transformer_lens(text.strip()) or text.strip())
         if not match:
             raise SiteSyntaxError(f"site {text!r}", "it does not read as a site", "write for example 'L3.attn.z[5]@-1'")
         kind, layers = match["kind"], match["layers"]

@@ -7,13 +7,17 @@ heads are the linear modules behind those addends. Whatever does not fit is refu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import Tensor, nn
 
+from cutaway.core.site import KINDS
 from cutaway.models.plan import Attention, Layer, Tap
 from cutaway.models.recorder import AttentionCall, Frame, Node
 
+Slot = TypeVar("Slot")
 ADD = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 MUL = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "true_divide"}
 SAME = {
@@ -41,7 +45,10 @@ MOVE = SAME | {
     "__getitem__",
     "split",
     "chunk",
+    "unbind",
+    "narrow",
 }
+RESIDUAL = ("resid_pre", "attn.out", "resid_mid", "mlp.out", "resid_post")
 PRODUCTS = {"matmul", "bmm", "einsum", "__matmul__", "baddbmm"}
 
 
@@ -212,12 +219,9 @@ class LayerGraph:
     def linear(self, path: str) -> bool:
         """Whether the module at ``path`` is one matrix (nn.Linear, GPT-2's Conv1D and their like)."""
         weight = getattr(self.root.get_submodule(path), "weight", None)
-        return (
-            isinstance(weight, Tensor)
-            and weight.ndim == 2
-            and path in self.frames
-            and len(self.frames[path].inputs) == 1
-        )
+        frame = self.frames.get(path)
+        once = frame is not None and frame.runs == 1 and len(frame.inputs) == 1
+        return once and isinstance(weight, Tensor) and weight.ndim == 2
 
     def writer(self, node: Node) -> str:
         """Path of the matrix whose output, perhaps normed or scaled, ``node`` is; "" when it is not one matrix."""
@@ -246,8 +250,20 @@ class LayerGraph:
                         return path
                     if id(node) not in seen and node.op in MOVE | MUL | {"cat", "concat", "stack"}:
                         seen.add(id(node))
-                        todo.extend(node.inputs)
+                        if node.op not in MUL or sum(self._made_from(n, z) for n in node.inputs) == 1:
+                            todo.extend(node.inputs)
         return ""
+
+    def _made_from(self, node: Node, source: Node) -> bool:
+        todo, seen = [node], {id(self.start)}
+        while todo:
+            current = todo.pop()
+            if current is source:
+                return True
+            if id(current) not in seen:
+                seen.add(id(current))
+                todo.extend(current.inputs)
+        return False
 
     def mlp_input(self, act: Node) -> Tap | None:
         """Where the MLP takes in the one tensor from which its first matrices make ``act``; None when there are several."""
@@ -270,19 +286,20 @@ class LayerGraph:
             return None
         source = next(iter(sources.values()))
         holders = [(p, s) for p, s in source.input_of if all((m + ".").startswith(p + ".") for m in matrices)]
-        inside = [(p, s) for p, s in holders if p.startswith(self.frame.path + ".")]
+        inside = self._inside(holders)
         return Tap("in", *min(inside, key=lambda h: h[0].count(".")), clone=source.overwritten) if inside else None
 
     # -- taps -----------------------------------------------------------------------------------------------------
-    def _inside(self, places: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
-        return [(p, s) for p, s in places if p.startswith(self.frame.path + ".")]
+    def _inside(self, places: Sequence[tuple[str, Slot]]) -> list[tuple[str, Slot]]:
+        """Places of modules inside the layer that ran once: a dropout used twice would be tapped twice."""
+        return [(p, s) for p, s in places if p.startswith(self.frame.path + ".") and self.frames[p].runs == 1]
 
     def read_tap(self, node: Node) -> Tap | None:
         """Where ``node`` is read most cheaply."""
         outs = self._inside(node.output_of)
         if outs:
             return Tap("out", *outs[-1], clone=node.overwritten)
-        ins = [(p, s) for p, s in node.input_of if p.startswith(self.frame.path + ".")]
+        ins = self._inside(node.input_of)
         if ins:
             return Tap("in", *ins[0], clone=node.overwritten)
         return self.op_tap(node)
@@ -359,7 +376,12 @@ def read_layer(graph: LayerGraph) -> Layer:
         refused |= dict.fromkeys(
             ("expert.gate", "expert.act"), f"{name} has no experts that transformers' interface serves"
         )
-    refused |= {"sae": "no dictionary is attached"}
+    refused["sae"] = "no dictionary is attached"
+    if graph.start.tensor.ndim > 3:
+        why = f"{name} carries a residual stream of shape {list(graph.start.shape)}, not [batch, pos, d_model]"
+        for kind in RESIDUAL:
+            read.pop(kind, None), write.pop(kind, None)
+            refused[kind] = why
     for kind in ("attn.out", "mlp.out", "resid_mid"):
         if kind not in read and kind not in refused:
             refused[kind] = f"{name} makes it where no module and no torch call can be tapped"
@@ -379,6 +401,13 @@ def read_layer(graph: LayerGraph) -> Layer:
         d_expert=_d_expert(expert_module),
         refused=refused,
     )
+
+
+def idle_layer(path: str) -> Layer:
+    """The plan of a layer that did not run: everything is refused."""
+    kinds = [kind for kind, about in KINDS.items() if about.layered]
+    why = f"{path} did not run in the pass that the anatomy was read from"
+    return Layer(path, {}, {}, None, "", "", "", {}, False, 0, 0, 0, 0, dict.fromkeys(kinds, why))
 
 
 def _d_expert(module: nn.Module | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from cutaway.core.errors import ImageError, InputError, TokenError
 from cutaway.core.inputs import Inputs
+from cutaway.models.upstream import reason
 
 
 class Encoder:
@@ -77,8 +79,10 @@ class Encoder:
     def image_ids(self) -> set[int]:
         """Ids of the placeholders that image features replace."""
         names = ("image_token_id", "image_token_index", "media_placeholder_token_id")
-        found = [getattr(source, name, None) for source in (self.config, self.processor) for name in names]
-        return {int(i) for i in found if isinstance(i, int)}
+        for source in (self.config, self.processor):  # a processor may call the token before the image its image token
+            if found := {i for name in names if isinstance(i := getattr(source, name, None), int)}:
+                return found
+        return set()
 
     @cached_property
     def special_ids(self) -> set[int]:
@@ -103,9 +107,10 @@ class Encoder:
         """Inputs of a text, a list of texts, token ids, a mapping with input_ids, or Inputs (returned as they are).
 
         Args:
-            prompt: str · list of str · ids as [pos] or [batch, pos] tensor, list of int, list of lists · a processor's output.
-            image: an image or one list of images for the one prompt: PIL, or a path. A prompt without the processor's image
-                token gets it through the chat template, or in front.
+            prompt: str · list of str · ids as [pos] or [batch, pos] tensor or array, list of int, list of lists · what a
+                processor gives.
+            image: an image or one list of images for the one prompt: PIL, or a path. A prompt without the processor's
+                image token gets it through the chat template, or in front.
             padding_side: "left" or "right", for rows of unequal length.
             template: wrap a text into the chat template.
 
@@ -120,6 +125,8 @@ class Encoder:
             return self._with_images(prompt, image if isinstance(image, list | tuple) else [image])
         if isinstance(prompt, Mapping):
             return self._from_features(dict(prompt), ())
+        if not isinstance(prompt, Tensor) and hasattr(prompt, "__array__"):
+            prompt = torch.as_tensor(prompt)  # numpy
         return self._from_rows([self._ids(row, template) for row in self._rows(prompt)], padding_side)
 
     def _rows(self, prompt: Any) -> list[Any]:
@@ -131,10 +138,8 @@ class Encoder:
         if isinstance(prompt, str):
             return [prompt]
         if isinstance(prompt, Sequence) and prompt:
-            return [list(prompt)] if isinstance(prompt[0], int) else list(prompt)
-        raise InputError(
-            "prompt", f"got {'nothing' if not prompt else type(prompt).__name__}", "give a text or token ids"
-        )
+            return [list(prompt)] if isinstance(prompt[0], Integral) else list(prompt)
+        raise InputError("prompt", f"got {_what(prompt)}", "give a text or token ids")
 
     def _ids(self, row: Any, template: bool) -> list[int]:
         if isinstance(row, str):
@@ -146,9 +151,10 @@ class Encoder:
                 row = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer(row, add_special_tokens=not template)["input_ids"]
         else:
-            ids = [int(i) for i in (row.tolist() if isinstance(row, Tensor) else row)]
-            for i in ids:
-                self.token(i)
+            ids = row.tolist() if hasattr(row, "tolist") else row
+            if not isinstance(ids, Sequence) or any(not isinstance(i, Integral) for i in ids):
+                raise InputError("prompt", f"got {_what(ids)} among its rows", "give texts, or rows of token ids")
+            ids = [self.token(int(i)) for i in ids]
         if not ids:
             raise InputError("prompt", "it has no tokens", "give a text or token ids")
         return list(ids)
@@ -209,7 +215,7 @@ class Encoder:
             features = self.processor(text=[text], images=opened, return_tensors="pt")
         except (ValueError, IndexError, RuntimeError, TypeError) as error:
             sizes = ", ".join(f"{im.width}x{im.height}" for im in opened)
-            found = f"the processor refused them: {str(error).splitlines()[0]}"
+            found = f"the processor refused them: {reason(error)}"
             raise ImageError(
                 f"{len(opened)} image(s) of {sizes} pixels", found, "try another size or one image"
             ) from error
@@ -230,9 +236,19 @@ class Encoder:
     def _from_features(self, features: dict[str, Any], images: Sequence[Any]) -> Inputs:
         if "input_ids" not in features:
             raise InputError("inputs", f"a mapping with {sorted(features)}", "it must hold input_ids")
+        features.pop("labels", None)  # PaliGemma's processor adds them; they would only ask for a loss
+        try:
+            features = {k: torch.as_tensor(v) if isinstance(v, list) else v for k, v in features.items()}
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                "inputs", f"rows of unequal length ({error})", "pad them, or give a list of texts"
+            ) from error
         ids = torch.as_tensor(features.pop("input_ids"))
         ids = ids[None] if ids.ndim == 1 else ids
+        if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+            raise InputError("input_ids", f"got {list(ids.shape)} of {ids.dtype}", "give integers, [batch, pos]")
         mask = torch.as_tensor(features.pop("attention_mask", torch.ones_like(ids)))
+        mask = mask[None] if mask.ndim == 1 else mask
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.vocabulary_size:
             self.token(low if low < 0 else high)
@@ -240,13 +256,17 @@ class Encoder:
         return self._named(ids, mask, features, images)
 
     def sample(self) -> Inputs:
-        """A few tokens, enough to run the model once; as many as no head count, so that axes are told apart."""
-        heads = getattr(self.text_config, "num_attention_heads", None)
-        n = next(n for n in (7, 6, 5) if n != heads)
+        """A few tokens, enough to run the model once; a prime number that no head count is, so that axes are told apart."""
+        n = 13
         avoid = self.special_ids | self.image_ids
         ids = [i for i in range(3, min(self.vocabulary_size, 4096)) if i not in avoid][:n]
         ids = ids if len(ids) == n else [i % self.vocabulary_size for i in range(n)]
         return self._from_rows([ids], "right")
+
+
+def _what(value: Any) -> str:
+    empty = value is None or (hasattr(value, "__len__") and len(value) == 0)
+    return "nothing" if empty else type(value).__name__
 
 
 def open_image(image: Any) -> Any:
@@ -265,7 +285,7 @@ def open_image(image: Any) -> Any:
         raise ImageError(f"image '{path}'", there, "check the path")
     try:
         return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(
             f"image '{path}'", f"it cannot be read as an image ({type(error).__name__})", "give a PNG or JPEG"
         ) from error

@@ -22,6 +22,7 @@ from cutaway.models.encode import Encoder
 from cutaway.models.plan import Anatomy, Layer
 from cutaway.models.probe import probe
 from cutaway.models.region import Window
+from cutaway.models.sites import site_of_module
 from cutaway.models.watch import Stop, Watch
 
 InterventionLike = Intervention | str
@@ -148,7 +149,13 @@ class Model:
     def expand(self, sites: SiteLike | Iterable[SiteLike], inputs: Inputs | None = None) -> list[Site]:
         """The concrete sites (one layer each) that ``sites`` name in this model."""
         anatomy = self.anatomy(inputs)
+        if isinstance(sites, str) and sites.strip() in self._module_paths:
+            sites = site_of_module(sites.strip(), anatomy)
         return [concrete for site in parse_sites(sites) for concrete in anatomy.expand(site, self.name)]
+
+    @cached_property
+    def _module_paths(self) -> set[str]:
+        return {path for path, _ in self.hf.named_modules() if path}
 
     # -- running ------------------------------------------------------------------------------------------------------
     def _kwargs(self, inputs: Inputs) -> dict[str, Any]:

@@ -101,7 +101,9 @@ class Step:
             out: Tensor = root.get_submodule(self.module)(x)
             return out
         func, args, kwargs = self.call
-        result: Tensor = func(*[x if i == self.slot else a for i, a in enumerate(args)], **kwargs)
+        result = func(*[x if i == self.slot else a for i, a in enumerate(args)], **kwargs)
+        if not isinstance(result, Tensor):
+            raise RuntimeError(f"{getattr(func, '__name__', func)} gives no tensor")
         return result
 
 
@@ -156,6 +158,16 @@ class Anatomy:
                 f"site '{missing.whole()}' of {name}", why, f"layer {missing.layer} has {', '.join(have)}"
             )
         for s in here:
+            attention = layers[s.layer].attention
+            if (
+                s.positions is not None
+                and s.kind.startswith("attn.")
+                and attention
+                and attention.calls > 1
+                and s.kind != "attn.out"
+            ):
+                found = f"layer {s.layer} attends in {attention.calls} separate chunks"
+                raise SiteMissingError(f"site '{s}' of {name}", found, f"name all positions: '{s.at().whole()}'")
             if s.index is not None and kind.index_axis:
                 s.index.resolve(self.size(s), kind.index_axis, f"site '{s}'")
             if s.inner is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cutaway.core.errors import UnsupportedError
-from cutaway.models.anatomy import MOVE, SAME, LayerGraph, read_layer
+from cutaway.models.anatomy import MOVE, SAME, LayerGraph, idle_layer, read_layer
 from cutaway.models.plan import Anatomy, Layer, Step, Tap
 from cutaway.models.recorder import Frame, Node, Recorder, tensors
 
@@ -52,13 +52,14 @@ def find_stacks(hf: nn.Module) -> dict[str, list[str]]:
     if not text:
         raise UnsupportedError(f"the layers of {type(hf).__name__}", "it has no list of layers", "see docs/support")
 
-    def weight(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
+    def rank(module: nn.ModuleList, depth: int | None) -> tuple[bool, bool, int]:
+        attends = any("att" in name.lower() for name, _ in module.named_modules())
+        return attends, len(module) == depth, sum(p.numel() for p in module.parameters())
 
-    best = max(text, key=lambda p: (len(text[p]) == depth, weight(text[p])))
+    best = max(text, key=lambda p: rank(text[p], depth))
     stacks = {"": [f"{best}.{i}" for i in range(len(text[best]))]}
     if vision:
-        tower = max(vision, key=lambda p: weight(vision[p]))
+        tower = max(vision, key=lambda p: rank(vision[p], None))
         stacks["vision"] = [f"{tower}.{i}" for i in range(len(vision[tower]))]
     return stacks
 
@@ -77,6 +78,7 @@ class Probe:
         self.last: Tensor | None = None
         embeddings = hf.get_input_embeddings()  # type: ignore[operator]
         self.embed = next((p for p, m in hf.named_modules() if m is embeddings), "")
+        self.embedded = False
         self.batch = 1
 
     def run(self, kwargs: Mapping[str, Any]) -> Anatomy:
@@ -90,7 +92,10 @@ class Probe:
         return self._anatomy(tail)
 
     def _exit(self, frame: Frame) -> None:
+        earlier = self.frames.get(frame.path)
+        frame.runs = earlier.runs + 1 if earlier is not None else 1
         self.frames[frame.path] = frame
+        self.embedded |= frame.path == self.embed
         scope = self.scope_of.get(frame.path)
         if scope is None:
             return
@@ -147,7 +152,23 @@ class Probe:
             func, args, kw = node.call
             steps.append(Step(call=(func, [None if i == slot else a for i, a in enumerate(args)], dict(kw)), slot=slot))
             node = source
-        return tuple(reversed(steps))
+        return self._proven(tuple(reversed(steps)), logits)
+
+    def _proven(self, steps: tuple[Step, ...], logits: Tensor) -> tuple[Step, ...] | str:
+        """The steps, if they give the logits of the last position alone."""
+        x = self.last
+        if x is None or x.ndim != 3 or logits.shape[:2] != x.shape[:2]:
+            return f"logits {list(logits.shape)} do not stand for the positions of the last residual stream"
+        with self.recorder.paused():
+            x = x[:, -1:]
+            try:
+                for step in steps:
+                    x = step.run(self.hf, x)
+            except RuntimeError as error:
+                return f"its steps to the logits need the whole prompt ({str(error).splitlines()[0]})"
+        if x.shape != logits[:, -1:].shape or not torch.allclose(x, logits[:, -1:], rtol=1e-3, atol=1e-4):
+            return "its steps to the logits, taken for the last position alone, give other logits"
+        return steps
 
     @staticmethod
     def _known(node: Node, tensor: Tensor) -> Node:
@@ -159,19 +180,18 @@ class Probe:
     def _anatomy(self, tail: tuple[Step, ...] | str) -> Anatomy:
         stacks: dict[str, tuple[Layer, ...]] = {}
         for scope, paths in self.stacks.items():
-            found = [self.layers[p] for p in paths if p in self.layers]
-            if len(found) == len(paths) and found:
-                stacks[scope] = tuple(found)
+            if any(p in self.layers for p in paths):
+                stacks[scope] = tuple(self.layers.get(p) or idle_layer(p) for p in paths)
             elif scope == "":
-                missing = next(p for p in paths if p not in self.layers)
+                missing = paths[0]
                 raise UnsupportedError(
                     f"the layers of {type(self.hf).__name__}",
                     f"{missing!r} was not run in a forward pass",
                     "see docs/support",
                 )
         refused: dict[str, str] = {"sae": "no dictionary is attached"}
-        taps = {"embed": Tap("out", self.embed)} if self.embed else {}
-        if not self.embed:
+        taps = {"embed": Tap("out", self.embed)} if self.embed and self.embedded else {}
+        if not taps:
             refused["embed"] = "its token embedding is not a module of its own"
         steps = () if isinstance(tail, str) else tail
         if isinstance(tail, str):

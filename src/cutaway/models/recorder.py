@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ class Frame:
     inputs: list[tuple[int | str, Node]]
     outputs: list[tuple[int | None, Node]] = field(default_factory=list)
     counts: Counter[tuple[str, int]] = field(default_factory=Counter)
+    runs: int = 1
     calls: list[AttentionCall] = field(default_factory=list)
 
 
@@ -102,7 +104,7 @@ def operand_rank(args: Any, kwargs: Any) -> int:
 def is_inplace(name: str) -> bool:
     """Whether a torch function writes into its first operand."""
     if name.startswith("__"):
-        return name.startswith("__i") and name not in ("__index__", "__invert__", "__int__") or name == "__setitem__"
+        return (name.startswith("__i") and name not in ("__index__", "__invert__", "__int__")) or name == "__setitem__"
     return name.endswith("_")
 
 
@@ -120,6 +122,7 @@ class Recorder(TorchFunctionMode):
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._handles: list[Any] = []
         self._attention: Any = None
+        self._paused = False
 
     # -- the graph ------------------------------------------------------------------------------------------------
     def node(self, tensor: Tensor) -> Node:
@@ -133,6 +136,15 @@ class Recorder(TorchFunctionMode):
         """Drop the graph so far, so that its tensors can be freed."""
         self._nodes.clear()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run something that is not recorded."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     @property
     def nodes(self) -> list[Node]:
         """Every node recorded since the last ``forget``."""
@@ -144,10 +156,10 @@ class Recorder(TorchFunctionMode):
         return self._stack[-1]
 
     def _add(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        made = list(tensors(out))
+        name = op_name(func)
+        made = list(tensors(out)) if name != "__setitem__" else [args[0]]
         if not made:
             return
-        name = op_name(func)
         inputs = tuple(self.node(t) for t in tensors([list(args), dict(kwargs)]))
         if is_inplace(name) and inputs:
             storage = inputs[0].tensor.untyped_storage().data_ptr()
@@ -168,7 +180,9 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not isinstance(out, int | float | bool | torch.Size | torch.dtype | torch.device | type(None)):
+        if self._paused:
+            return out
+        if not isinstance(out, int | float | bool | torch.Size | torch.dtype | torch.device):
             self._add(func, args, kwargs, out)
             if op_name(func) == "scaled_dot_product_attention":
                 q, k, v = (
@@ -181,6 +195,8 @@ class Recorder(TorchFunctionMode):
 
     # -- modules --------------------------------------------------------------------------------------------------
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._paused:
+            return
         path = self._paths[id(module)]
         found = [(i, self.node(a)) for i, a in enumerate(args) if isinstance(a, Tensor)]
         named = [(k, self.node(a)) for k, a in kwargs.items() if isinstance(a, Tensor)]
@@ -190,6 +206,8 @@ class Recorder(TorchFunctionMode):
         self._stack.append(frame)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if self._paused:
+            return
         frame = self._stack.pop()
         single = isinstance(out, Tensor)
         listed = [(None, out)] if single else list(enumerate(out)) if isinstance(out, list | tuple) else []

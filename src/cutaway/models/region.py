@@ -46,7 +46,7 @@ class Window:
 
     def local(self, site: Site, start: int, length: int) -> list[list[int]] | None:
         """Indices into an axis that holds padded positions ``start .. start+length-1``, per row; None for all of it."""
-        if site.positions is None or site.positions == "all" and not self.inputs:
+        if site.positions is None or (site.positions == "all" and not self.inputs):
             return None
         key = (site.positions, start, length, site.scope)
         if key not in self._cache:

@@ -98,7 +98,7 @@ class Watch:
     ) -> Tensor:
         """The tensor that goes on: ``raw`` itself unless something changes it.
 
-        ``to`` brings it to the site's axes and ``back`` undoes that. ``start`` is the padded index of its first position.
+        ``to`` brings it to the site's axes and ``back`` undoes that; ``start`` is where its first position lies.
         """
         begin = self.window.start if start is None else start
         if self.attached and place in self.wants and torch.is_grad_enabled() and not raw.requires_grad:
@@ -128,9 +128,7 @@ class Watch:
                 part = part.clone()  # a view would keep the whole tensor alive, or be written over
         if self.device is not None or self.dtype is not None:
             part = part.to(device=self.device or part.device, dtype=self.dtype or part.dtype)
-        earlier = self.values.get(site)
-        chunked = earlier is not None and self.window.start == 0 and start > 0
-        self.values[site] = torch.cat([earlier, part], dim=1) if chunked and earlier is not None else part
+        self.values[site] = _join(site, self.values.get(site), part) if start > self.window.start else part
 
     # -- on and off ---------------------------------------------------------------------------------------------------
     def __enter__(self) -> Watch:
@@ -167,7 +165,7 @@ class Watch:
                         attention[id(self.root.get_submodule(layer.attention.module))] = seer.interface
                     else:
                         self._owner(owners, layer.attention.module).attention = seer
-                    if layer.attention.calls > 1:
+                    if seer.chunked:
                         self._hook_pre(layer.path, seer.reset)
                 if any(self.active((scope, i, k)) for k in ("expert.gate", "expert.act")):
                     experts[id(self.root.get_submodule(layer.experts))] = ExpertsSeer(self, scope, i, layer)
@@ -227,7 +225,9 @@ class Watch:
                 return None
             return new if tap.slot is None else type(out)([*out[: tap.slot], new, *out[tap.slot + 1 :]])
 
-        self._register(self.root.get_submodule(tap.module).register_forward_hook(hook))
+        # What we change must reach transformers' own capturing hooks too, so those come after ours.
+        first = any(self.changes(*place) for place in places)
+        self._register(self.root.get_submodule(tap.module).register_forward_hook(hook, prepend=first))
 
     def _hook_stop(self) -> None:
         scopes = {scope for scope, layer, _ in self.wants if layer >= 0}
@@ -263,6 +263,19 @@ class Watch:
 
     def _pop(self) -> None:
         self._modes.pop().__exit__(None, None, None)
+
+
+def _join(site: Site, earlier: Tensor | None, part: Tensor) -> Tensor:
+    """What the chunks of one attention saw so far: positions one after the other, patterns along the diagonal."""
+    if earlier is None:
+        return part
+    if site.kind not in ("attn.scores", "attn.pattern"):
+        return torch.cat([earlier, part], dim=1)
+    q, k = earlier.shape[-2:]
+    fill = -torch.inf if site.kind == "attn.scores" else 0.0
+    whole = earlier.new_full((*earlier.shape[:2], q + part.shape[-2], k + part.shape[-1]), fill)
+    whole[..., :q, :k], whole[..., q:, k:] = earlier, part
+    return whole
 
 
 class Owner(TorchFunctionMode):
@@ -317,6 +330,7 @@ class AttentionSeer:
 
     def __init__(self, watch: Watch, scope: str, layer: int, attention: Attention) -> None:
         self.watch, self.scope, self.layer, self.attention = watch, scope, layer, attention
+        self.chunked = bool(scope) or attention.calls > 1
         self.offset = 0
 
     def reset(self) -> None:
@@ -327,7 +341,7 @@ class AttentionSeer:
         place = (self.scope, self.layer, f"attn.{kind}")
         if not self.watch.active(place):
             return x
-        start = 0 if key else (self.watch.window.start if not self.scope else 0)
+        start = 0 if key or self.scope else self.watch.window.start
         return self.watch.see(place, x, to, back, start=start + self.offset)
 
     def _swap(self, kind: str, x: Tensor, key: bool = False) -> Tensor:
@@ -365,7 +379,7 @@ class AttentionSeer:
         else:
             out = native(module, query, key, value, mask, **kwargs)
         z = self._swap("z", out[0]) if self.attention.z_heads_first else self._see("z", out[0])
-        if self.attention.calls > 1:
+        if self.chunked:
             self.offset += query.shape[2]
         return (z, *out[1:])
 
@@ -380,21 +394,22 @@ class AttentionSeer:
         keys = {key[1:]: role for role, key in self.attention.keys.items()}
         role = keys.get(which)
         if role == "softmax":
-            return func(self._see("scores", args[0]), *args[1:], **kwargs)
+            return func(self._see("scores", args[0], *self._heads(args[0], False)), *args[1:], **kwargs)
         if role == "qk":
             return self._qk(func, args, kwargs)
         if role == "pv":
-            pattern = self._see("pattern", args[0], *self._heads(False))
-            value = self._see("v", args[1], *self._heads(True), key=True)
-            return self._see("z", func(pattern, value, *args[2:], **kwargs), *self._heads(True))
+            pattern = self._see("pattern", args[0], *self._heads(args[0], False))
+            value = self._see("v", args[1], *self._heads(args[1], True), key=True)
+            z = func(pattern, value, *args[2:], **kwargs)
+            return self._see("z", z, *self._heads(z, True))
         return func(*args, **kwargs)
 
-    def _heads(self, swap: bool) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """To [batch, pos, head, d] (or [batch, head, query, key]) and back, for tensors that may merge batch and heads."""
-        rows, flat = self.watch.window.batch, self.attention.flat
+    def _heads(self, like: Tensor, swap: bool) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """To [batch, pos, head, d], or [batch, head, query, key], and back; ``like`` may merge batch and heads."""
+        rows, flat = self.watch.window.batch, like.ndim == 3
 
         def to(x: Tensor) -> Tensor:
-            x = x.view(rows, -1, *x.shape[1:]) if flat and x.ndim == 3 else x
+            x = x.view(rows, -1, *x.shape[1:]) if flat else x
             return x.transpose(1, 2) if swap else x
 
         def back(x: Tensor) -> Tensor:
@@ -404,9 +419,9 @@ class AttentionSeer:
         return to, back
 
     def _qk(self, func: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
-        to, back = self._heads(True)
         names = [k for k in ("batch1", "batch2") if k in kwargs]
         q, k = (kwargs[n] for n in names) if names else args[-2:]
+        to, back = self._heads(q, True)
         q = self._see("q", q, to, back)
         k = self._see("k", k, lambda x: to(x.transpose(-1, -2)), lambda x: back(x).transpose(-1, -2), key=True)
         if names:

@@ -68,7 +68,7 @@ class Form:
         """The value of what a caller gave: a text form, or a Python value that this form knows."""
         if isinstance(given, str):
             return self.parse(refuse_in_memory(given))
-        raise ValueError(f"it is a {type(given).__name__}")
+        raise ValueError(f"it is {described(given)}")
 
     def value(self, value: Any, model: ModelLike) -> Any:
         """What the method receives: names resolved on ``model``."""
@@ -164,7 +164,7 @@ class ListOf(Form):
         return b"\0".join(parts) if parts else None
 
 
-_ITEM = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^,]*?))\s*(,|$)', re.DOTALL)
+_ITEM = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|(?!\s*")([^,]*?))\s*(,|$)', re.DOTALL)
 
 
 def split_list(text: str) -> list[str]:
@@ -202,4 +202,5 @@ def as_ids(given: Any) -> tuple[int, ...] | None:
 
 def described(given: Any) -> str:
     shape = f" of shape {list(given.shape)}" if hasattr(given, "shape") else ""
-    return f"a {type(given).__name__}{shape}" + ("" if shape or not isinstance(given, list | tuple) else f" {given!r}")
+    name = type(given).__name__
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}{shape}" + ("" if shape or not isinstance(given, list | tuple) else f" {given!r}")

@@ -180,6 +180,12 @@ class ResultForm(Form):
             )
         return found
 
+    def content(self, value: Any) -> bytes:
+        from cutaway.core.result_file import open_result, to_json
+
+        found = open_result(value) if isinstance(value, str) else value
+        return to_json(found.replace(made_by=None, notes=())).encode()
+
 
 def _is_inputs(value: Any) -> bool:
     from cutaway.core.inputs import Inputs

@@ -29,7 +29,7 @@ VOCAB = 128
 # Ids: [0, FIRST_WORD) stay what the default configuration calls them (pad, bos, eos), [FIRST_WORD, FIRST_SPECIAL) are
 # words, the rest is for the special tokens that lie outside of the tiny vocabulary (image placeholders and the like).
 FIRST_WORD, FIRST_SPECIAL = 64, 104
-POSITIONS = 128
+POSITIONS = 512
 WINDOW = 6  # shorter than the prompt, so that a sliding window is seen to slide
 EXPERTS, EXPERTS_USED, EXPERT_MLP = 4, 2, 40
 IMAGE, PATCH = 32, 8  # pixels: a 4 x 4 grid of patches
@@ -81,7 +81,7 @@ FIXED: dict[str, float] = {
     "max_position_embeddings": POSITIONS, "n_positions": POSITIONS, "n_ctx": POSITIONS, "max_seq_len": POSITIONS,
     "max_target_positions": POSITIONS, "max_source_positions": POSITIONS, "context_length": POSITIONS,
     "original_max_position_embeddings": POSITIONS, "model_max_length": POSITIONS,
-    "num_position_embeddings": POSITIONS // 2,
+    "num_position_embeddings": 64,
     "sliding_window": WINDOW, "attention_chunk_size": 8, "attention_window_size": WINDOW, "local_attention": WINDOW,
     "sliding_window_size": WINDOW,
     # mixtures of experts

@@ -1,0 +1,45 @@
+"""Names that TransformerLens gives to the same places."""
+
+from __future__ import annotations
+
+import re
+
+TRANSFORMER_LENS: dict[str, str] = {
+    "embed": "hook_embed",
+    "resid_pre": "blocks.{layer}.hook_resid_pre",
+    "attn.q": "blocks.{layer}.attn.hook_q",
+    "attn.k": "blocks.{layer}.attn.hook_k",
+    "attn.v": "blocks.{layer}.attn.hook_v",
+    "attn.scores": "blocks.{layer}.attn.hook_attn_scores",
+    "attn.pattern": "blocks.{layer}.attn.hook_pattern",
+    "attn.z": "blocks.{layer}.attn.hook_z",
+    "attn.out": "blocks.{layer}.hook_attn_out",
+    "resid_mid": "blocks.{layer}.hook_resid_mid",
+    "mlp.in": "blocks.{layer}.mlp.hook_in",
+    "mlp.act": "blocks.{layer}.mlp.hook_post",
+    "mlp.out": "blocks.{layer}.hook_mlp_out",
+    "resid_post": "blocks.{layer}.hook_resid_post",
+    "final_norm": "ln_final.hook_normalized",
+}
+"""Template per site kind. With rotary embeddings, ours are its ``hook_rot_q`` and ``hook_rot_k``."""
+
+_ROTARY = {"hook_rot_q": "hook_q", "hook_rot_k": "hook_k"}
+
+
+def transformer_lens(kind: str, layer: int | None = None) -> str:
+    """TransformerLens' name of a site kind at a layer (``{layer}`` left open for None); '' when it has none."""
+    template = TRANSFORMER_LENS.get(kind, "")
+    return template if layer is None else template.format(layer=layer)
+
+
+def from_transformer_lens(text: str) -> str:
+    """Our text of a TransformerLens name, e.g. ``L3.attn.z``; '' when it is none."""
+    plain = text
+    for rotary, name in _ROTARY.items():
+        plain = plain.replace(rotary, name)
+    for kind, template in TRANSFORMER_LENS.items():
+        pattern = re.escape(template).replace(r"\{layer\}", r"(\d+)")
+        match = re.fullmatch(pattern, plain)
+        if match:
+            return f"L{match[1]}.{kind}" if match.groups() else kind
+    return ""
