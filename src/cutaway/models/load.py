@@ -1,0 +1,212 @@
+"""load: a Model from a specimen, a folder or the hub, with every way this can fail said in one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cutaway.core.errors import LoadError, UnsupportedError, WeightsError, nearest
+from cutaway.models.handle import Model
+from cutaway.models.processor import has_images, load_processor
+from cutaway.models.source import CONFIG, Source, locate, weight_files
+from cutaway.models.upstream import explained, quiet
+
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # layouts over several devices, which accelerate makes
+
+
+def load(
+    ref: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_pickle: bool = False,
+    attn_implementation: str | None = None,
+) -> Model:
+    """A Model in eval mode, with its tokenizer or processor where the folder has one.
+
+    Args:
+        ref: a specimen's name, a folder that save_pretrained wrote, or a hub id, ``org/name`` or ``org/name@revision``.
+        dtype: of the weights: "float32", "bf16", ...; as they were saved when None or "auto".
+        device: "cpu", "cuda:1", ...; "auto" spreads the layers over what there is (needs accelerate).
+        revision: branch, tag or commit of a hub id.
+        trust_pickle: open pickle weights (pytorch_model*.bin) too, with torch's weights-only reader.
+        attn_implementation: as transformers names them ("eager", "sdpa", ...).
+
+    Raises:
+        LoadError: nothing there, no access, no network, an unknown dtype, revision or device, a broken tokenizer.
+        WeightsError: no weights, untrusted pickle, damaged files, weights missing or of the wrong shape.
+        UnsupportedError: an architecture that the installed transformers lacks or that needs code from the folder.
+    """
+    precision, place, spread = _dtype(dtype), _device(device), _spread(device)
+    with quiet():
+        source = locate(ref, revision, trust_pickle)
+        settings = _settings(source)
+        pickled = weight_files(source, trust_pickle)[0].suffix == ".bin"
+        options = {
+            "dtype": precision,
+            "use_safetensors": not pickled,
+            "device_map": spread,
+            "attn_implementation": attn_implementation,
+        }
+        asked = f"model '{source.name}'"
+        if attn_implementation is not None:
+            asked += f" with attn_implementation={attn_implementation!r}"
+        with explained(asked):
+            config = _config(source, settings)
+            hf = _module(source, config, options)
+            processor = load_processor(source.folder, config, source.name)
+        return Model(hf if place is None else _moved(hf, place), processor, name=source.name)
+
+
+# -- what is asked -----------------------------------------------------------------------------------------------------
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    if dtype is None or dtype == "auto":
+        return "auto"
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, SHORT.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        known = ("float32", "bfloat16", "float16", "float64", "auto", *SHORT)
+        hint = nearest(str(dtype), known) or f"write one of {', '.join(known[:5])}"
+        raise LoadError(f"dtype={dtype!r}", "it is no floating-point type", hint)
+    return found
+
+
+def _spread(device: str | torch.device | None) -> str | None:
+    if not isinstance(device, str) or device not in SPREAD:
+        return None
+    if util.find_spec("accelerate") is None:
+        raise LoadError(
+            f"device={device!r}",
+            "the package accelerate is not installed",
+            "pip install accelerate, or name one device",
+        )
+    return device
+
+
+def _device(device: str | torch.device | None) -> torch.device | None:
+    if device is None or (isinstance(device, str) and device in SPREAD):
+        return None
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise LoadError(
+            f"device={str(device)!r}", f"this machine has {', '.join(_devices())}", "name one of them"
+        ) from error
+    return place
+
+
+def _devices() -> list[str]:
+    accelerated = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu", *(f"{accelerated.type}:{i}" for i in range(torch.accelerator.device_count()) if accelerated)]
+
+
+def _moved(hf: nn.Module, place: torch.device) -> nn.Module:
+    try:
+        return hf.to(place)
+    except torch.OutOfMemoryError as error:
+        size = sum(p.numel() * p.element_size() for p in hf.parameters()) / 2**30
+        raise LoadError(
+            f"device='{place}'", f"the weights' {size:.1f} GiB do not fit", "ask for dtype='bfloat16'"
+        ) from error
+
+
+# -- what is found -----------------------------------------------------------------------------------------------------
+def _settings(source: Source) -> Mapping[str, Any]:
+    """config.json as it is written; its architecture must be one that the installed transformers has."""
+    asked, file = f"model '{source.name}'", source.folder / CONFIG
+    if not file.is_file():
+        if (adapter := source.folder / "adapter_config.json").is_file():
+            base = _json(adapter, asked).get("base_model_name_or_path", "another model")
+            raise LoadError(
+                asked, f"the folder holds an adapter of {base}", "merge it into that model and save the whole"
+            )
+        below = sorted(p.parent.name for p in source.folder.glob(f"*/{CONFIG}"))
+        hint = (
+            f"there is one in {', '.join(repr(b) for b in below[:3])}" if below else "give a folder of save_pretrained"
+        )
+        raise LoadError(asked, f"the folder has no {CONFIG}", hint)
+    return _json(file, asked)
+
+
+def _json(file: Path, asked: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise LoadError(asked, f"{file.name} cannot be read ({error})", "get the file again") from error
+    if not isinstance(value, dict):
+        raise LoadError(asked, f"{file.name} holds a {type(value).__name__}, not settings", "get the file again")
+    return value
+
+
+def _config(source: Source, settings: Mapping[str, Any]) -> Any:
+    import transformers
+
+    asked, kind = f"model '{source.name}'", settings.get("model_type")
+    if kind is None:
+        raise UnsupportedError(asked, f"{CONFIG} names no model_type", "give a folder of save_pretrained")
+    if kind not in transformers.CONFIG_MAPPING:
+        found = f"transformers {transformers.__version__} has no architecture {kind!r}"
+        if "auto_map" in settings:
+            raise UnsupportedError(asked, f"{found}; the folder brings code of its own", "code of a model is never run")
+        written = settings.get("transformers_version", "")
+        newer = f"a newer transformers (the folder was written by {written})" if written else "a newer transformers"
+        raise UnsupportedError(asked, found, nearest(str(kind), transformers.CONFIG_MAPPING) or f"install {newer}")
+    return transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+
+
+def _module(source: Source, config: Any, options: Mapping[str, Any]) -> nn.Module:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if has_images(config):
+        auto = transformers.AutoModelForImageTextToText
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto = transformers.AutoModelForCausalLM
+    else:
+        found = f"a {config.model_type} is neither a causal language model nor an image-text-to-text model"
+        raise UnsupportedError(f"model '{source.name}'", found, "cutaway reads those two kinds")
+    hf, report = auto.from_pretrained(
+        source.folder,
+        config=config,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report, with their names and shapes
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    _require_complete(source, config, hf, report)
+    return hf.eval()
+
+
+def _require_complete(source: Source, config: Any, hf: nn.Module, report: Mapping[str, Any]) -> None:
+    """Every weight came from the files; transformers itself draws missing ones at random and only warns."""
+    asked, name = f"weights of '{source.name}'", type(hf).__name__
+    missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    saved = next(iter(getattr(config, "architectures", None) or ()), name)
+    hint = f"the folder was saved as {saved}" if saved != name else "save the model again with save_pretrained"
+    if report["mismatched_keys"]:
+        wrong, got, want = sorted(report["mismatched_keys"])[0]
+        more = len(report["mismatched_keys"]) - 1
+        found = f"{wrong} is {list(got)} in the file and {list(want)} in {name}" + (
+            f", and {more} more" if more else ""
+        )
+        raise WeightsError(asked, found, hint)
+    if missing:
+        found = f"{len(missing)} that {name} needs are missing: {_few(missing)}"
+        raise WeightsError(asked, found + (f"; unexpected: {_few(extra)}" if extra else ""), hint)
+    if extra:
+        import warnings
+
+        warnings.warn(f"{asked}: {len(extra)} are not used by {name}: {_few(extra)}", stacklevel=4)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
