@@ -22,8 +22,8 @@ class Encoder:
     def __init__(self, hf: nn.Module, processor: Any = None) -> None:
         self.hf, self.processor = hf, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.config: Any = hf.config
-        self.text_config: Any = self.config.get_text_config(decoder=True)
+        config: Any = hf.config
+        self.config, self.text_config = config, config.get_text_config(decoder=True)
 
     # -- tokens -------------------------------------------------------------------------------------------------------
     @cached_property
@@ -107,8 +107,8 @@ class Encoder:
         """Inputs of a text, a list of texts, token ids, a mapping with input_ids, or Inputs (returned as they are).
 
         Args:
-            prompt: str · list of str · ids as [pos] or [batch, pos] tensor or array, list of int, list of lists · what a
-                processor gives.
+            prompt: str · list of str · ids as [pos] or [batch, pos] tensor or array, list of int, list of lists ·
+                what a processor gives.
             image: an image or one list of images for the one prompt: PIL, or a path. A prompt without the processor's
                 image token gets it through the chat template, or in front.
             padding_side: "left" or "right", for rows of unequal length.
@@ -240,9 +240,8 @@ class Encoder:
         try:
             features = {k: torch.as_tensor(v) if isinstance(v, list) else v for k, v in features.items()}
         except (ValueError, TypeError) as error:
-            raise InputError(
-                "inputs", f"rows of unequal length ({error})", "pad them, or give a list of texts"
-            ) from error
+            found = f"rows of unequal length ({reason(error)})"
+            raise InputError("inputs", found, "pad them, or give a list of texts") from error
         ids = torch.as_tensor(features.pop("input_ids"))
         ids = ids[None] if ids.ndim == 1 else ids
         if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
