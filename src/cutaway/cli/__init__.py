@@ -22,15 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words or ["--help"])
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED)
-    except CutawayError as error:
-        message, code = str(error), error.exit_code
-    except Exception as error:  # the last line before the user: every error becomes a sentence
-        message, code = f"{type(error).__name__}: {error}; run with {TRACEBACK} to see it", UNEXPECTED
-        if isinstance(error, ImportError) and error.name in ("typer", "rich"):
-            raise
-    if wants_traceback:
-        traceback.print_exc()
-    return _failed(message, code)
+    except Exception as error:  # noqa: BLE001 - the last line before the user: every error becomes a sentence
+        if wants_traceback:
+            traceback.print_exc()
+        if isinstance(error, CutawayError):
+            return _failed(str(error), error.exit_code)
+        hint = "" if wants_traceback else f"; run with {TRACEBACK} to see where"
+        return _failed(f"{type(error).__name__}: {error}{hint}", UNEXPECTED)
 
 
 def _run(words: list[str]) -> int:

@@ -48,8 +48,7 @@ def function_of(record: Method) -> Callable[..., None]:
 
     asked: list[tuple[str, Any, Any]] = [("model", ModelRef, inspect.Parameter.empty)]
     for name, parameter in record.parameters.items():
-        default = inspect.Parameter.empty if parameter.required else None
-        asked.append((name, option_of(parameter), default))
+        asked.append((name, option_of(parameter), _default_of(parameter)))
     asked += [(name, annotation, default) for name, (annotation, default) in SHARED.items()]
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a) for n, a, d in asked]
@@ -66,11 +65,19 @@ def option_of(parameter: Parameter) -> Any:
         _flags(parameter),
         help=escape(says),
         metavar=None if switch else _metavar(form),
-        show_default=escape(parameter.default_text) if parameter.default_text else False,
+        show_default=parameter.default is not None,
         rich_help_panel=PARAMETERS,
     )
     kind: Any = bool if switch else list[str] if form.many else str
     return Annotated[kind if parameter.required else kind | None, option]
+
+
+def _default_of(parameter: Parameter) -> Any:
+    if parameter.required:
+        return inspect.Parameter.empty
+    if parameter.default is None or isinstance(parameter.default, bool):
+        return parameter.default
+    return [parameter.default_text] if parameter.form.many else parameter.default_text
 
 
 def flag_of(parameter: Parameter) -> str:

@@ -13,26 +13,28 @@ if TYPE_CHECKING:
 MODEL, OUTPUT = "Model", "Output"
 
 
-def _of_model(*flags: str, help: str) -> Any:
-    return typer.Option(*flags, help=help, rich_help_panel=MODEL, show_default=False)
+def _of_model(flag: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(flag, help=help, metavar=metavar, rich_help_panel=MODEL, show_default=False)
 
 
-def _of_output(*flags: str, help: str) -> Any:
-    return typer.Option(*flags, help=help, rich_help_panel=OUTPUT, show_default=False)
+def _of_output(flag: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(flag, help=help, metavar=metavar, rich_help_panel=OUTPUT, show_default=False)
 
 
 ModelRef = Annotated[str, typer.Argument(metavar="MODEL", help="A specimen, a folder, or a hub id (ref@revision).")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where a result was saved.")]
-Dtype = Annotated[str | None, _of_model("--dtype", help="float32, bfloat16, ...; as stored when left out.")]
-Device = Annotated[str | None, _of_model("--device", help="cpu, cuda, cuda:1, ...")]
-Revision = Annotated[str | None, _of_model("--revision", help="Branch, tag or commit of a hub id.")]
-TrustPickle = Annotated[bool, _of_model("--trust-pickle", help="Open a pickle checkpoint, which may run any code.")]
+Dtype = Annotated[str | None, _of_model("--dtype", "float32, bfloat16, ...; as stored when left out.", "DTYPE")]
+Device = Annotated[str | None, _of_model("--device", "cpu, cuda, cuda:1, ...", "DEVICE")]
+Revision = Annotated[str | None, _of_model("--revision", "Branch, tag or commit of a hub id.", "REVISION")]
+TrustPickle = Annotated[bool, _of_model("--trust-pickle", "Open a pickle checkpoint, which may run any code.")]
 Out = Annotated[
     list[Path] | None,
-    _of_output("--out", help="Write .html, .png, .svg, .json or .csv; a name without a dot is a folder. Repeatable."),
+    _of_output(
+        "--out", "A .html, .png, .svg, .json or .csv file; a name without a dot is a folder. Repeatable.", "PATH"
+    ),
 ]
-Overwrite = Annotated[bool, _of_output("--overwrite", help="Replace a result in the folder of --out.")]
-Json = Annotated[bool, _of_output("--json", help="Print JSON instead of a summary.")]
+Overwrite = Annotated[bool, _of_output("--overwrite", "Replace a result in the folder of --out.")]
+Json = Annotated[bool, _of_output("--json", "Print JSON instead of a summary.")]
 
 SHARED: dict[str, tuple[Any, Any]] = {
     "dtype": (Dtype, None),
