@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from .examples import Example, Pair, pair_up, select
+from .games import Game, random_game
 from .labels import Labels, Shot
 from .recall import recall, recall_pairs
 from .town import Person, Town
 
-__all__ = ["Example", "Labels", "Pair", "Person", "Shot", "Town", "pair_up", "recall", "recall_pairs", "select"]
+__all__ = [
+    "Example",
+    "Game",
+    "Labels",
+    "Pair",
+    "Person",
+    "Shot",
+    "Town",
+    "pair_up",
+    "random_game",
+    "recall",
+    "recall_pairs",
+    "select",
+]
