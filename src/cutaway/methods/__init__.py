@@ -1,0 +1,1 @@
+"""Methods, one file each, in the package of their stage: see, locate, prove, change, follow."""

@@ -1,0 +1,1 @@
+"""Methods that intervene to show what is a cause."""

@@ -1,0 +1,1 @@
+"""Methods that show what is inside a model."""

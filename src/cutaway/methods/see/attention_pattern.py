@@ -1,0 +1,70 @@
+"""Attention patterns: where each head looks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cutaway.core.errors import SiteMissingError
+from cutaway.core.method import method
+from cutaway.core.params import Image, Layers, Prompt
+from cutaway.core.proof import Check
+from cutaway.core.site import Items, Site
+from cutaway.models.handle import Model
+from cutaway.results.pattern import Pattern
+
+
+@method(cites="vaswani2017attention", example={"prompt": "#5 #9 #6 #7 #8"})
+def attention_pattern(
+    model: Model,
+    prompt: Prompt,
+    image: Image | None = None,
+    layers: Layers | None = None,
+    heads: list[int] | None = None,
+    tower: Literal["text", "vision"] = "text",
+) -> Pattern:
+    """How much each position attends to every other, per layer and head.
+
+    Patterns are what multiplies the values, so soft caps, sliding windows and sinks are in them; with a sink a row sums
+    to less than 1. Layers without attention are left out. The check is ``pattern @ v`` against what the model computed.
+
+    Source: Vaswani et al. (2017), "Attention is all you need", section 3.2.
+
+    Args:
+        prompt: text or token ids.
+        image: an image that goes with the prompt.
+        layers: the layers to read; all that attend when it is not given. Layers of the vision tower for tower=vision.
+        heads: the heads to read; all when none are given.
+        tower: the language model, or the vision tower.
+
+    Returns:
+        probabilities [layer, head, query, key].
+
+    Raises:
+        SiteMissingError: no vision tower, or a layer without attention. SiteRangeError: layer or head out of range.
+    """
+    inputs = model.inputs(prompt, image)
+    scope = "vision" if tower == "vision" else ""
+    stack = model.anatomy(inputs).layers(scope, f"{scope or 'text'} layers")
+    chosen = [i for i, layer in enumerate(stack) if layer.has("attn.pattern")] if layers is None else layers
+    if not chosen:
+        why = stack[0].refused["attn.pattern"]
+        raise SiteMissingError(f"site 'L*.attn.pattern' of {model.name}", why, "this model has no patterns to show")
+    index = Items.of(heads) if heads else None
+    patterns = [Site("attn.pattern", Items.of(i), index, scope=scope) for i in chosen]
+    values = [Site(f"attn.{k}", Items.of(i), scope=scope) for i in chosen for k in ("v", "z")]
+    trace = model.trace(inputs, want=[*patterns, *values])
+    names = inputs.tokens[0] if not scope else tuple(str(i) for i in range(trace[patterns[0]].shape[-1]))
+    kept = heads or list(range(trace[patterns[0]].shape[1]))
+    worst = 0.0
+    for site, i in zip(patterns, chosen, strict=True):
+        v, z = trace[f"{scope + '/' if scope else ''}L{i}.attn.v"], trace[f"{scope + '/' if scope else ''}L{i}.attn.z"]
+        groups = z.shape[2] // v.shape[2]
+        for n, head in enumerate(kept):
+            made = trace[site][0, n].float() @ v[0, :, head // groups].float()
+            worst = max(worst, float((made - z[0, :, head].float()).abs().max()))
+    return Pattern(
+        title=f"attention of {model.name}",
+        pattern=[trace[site][0] for site in patterns],
+        labels={"layer": tuple(chosen), "head": tuple(kept), "query": names, "key": names},
+        check=Check(name="pattern @ v is what attention gave", value=worst, tolerance=1e-4),
+    )
