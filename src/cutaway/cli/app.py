@@ -22,7 +22,7 @@ from cutaway.cli.options import (
     TrustPickle,
     load_model,
 )
-from cutaway.cli.output import check_targets, deliver, deliver_rows, show, show_json, show_rows
+from cutaway.cli.output import check_targets, deliver, deliver_records, deliver_rows, show_json, show_lines, show_rows
 
 DESCRIPTION = """Look inside language and vision-language models: see, locate, prove, change, verify, follow.
 
@@ -92,17 +92,21 @@ def doctor(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Verify that what is read from a model is what it computes."""
+    """Verify that what is read from a model is what it computes (exit code 1 when not)."""
     if architectures == (model is not None):
         raise typer.BadParameter("give a MODEL, or --architectures for all classes")
     check_targets(out or [], overwrite)
-    from cutaway.models import doctor as ward
-
     if model is None:
-        report = ward.doctor_architectures()
-    else:
-        report = ward.doctor(load_model(model, dtype, device, revision, trust_pickle))
+        from cutaway.models.support import survey
+
+        deliver_records([support.as_json() for support in survey()], "architectures", out or [], json, overwrite)
+        return
+    from cutaway.models.doctor import doctor as examined
+
+    report = examined(load_model(model, dtype, device, revision, trust_pickle))
     deliver_rows(report, out or [], json, overwrite)
+    if "NO" in report.columns["holds"]:
+        raise typer.Exit(DIFFERENT)
 
 
 def rerun(
@@ -122,10 +126,8 @@ def rerun(
     if json:
         show_json({"equal": again.equal, "differences": again.difference.lines, "notes": again.notes})
     else:
-        for line in ["equal" if again.equal else "different", *again.difference.lines]:
-            show(escape(line))
-        for note in again.notes:
-            show(escape(f"note: {note}"))
+        notes = [f"note: {note}" for note in again.notes]
+        show_lines("equal" if again.equal else "different", *again.difference.lines, *notes)
     if not again.equal:
         raise typer.Exit(DIFFERENT)
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from cutaway.results.table import Table
 
 
+ENDLESS = 1_000_000
+"""Columns of what is no terminal: one line per row, however long."""
+
+
 def complain(sentence: str) -> None:
     """One red line on standard error."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {sentence}", style="red"))
@@ -36,9 +40,19 @@ def show(renderable: Any) -> None:
     Console(highlight=False).print(renderable)
 
 
+def show_lines(*lines: object) -> None:
+    """Plain lines on standard output, as long as they are."""
+    Console(highlight=False, markup=False, soft_wrap=True).print(*lines, sep="\n")
+
+
 def show_json(value: Any) -> None:
     """A value as JSON on standard output; numbers that JSON lacks (NaN, infinity) become null."""
-    sys.stdout.write(json.dumps(_jsonable(value), allow_nan=False, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """A value as strict JSON."""
+    return json.dumps(_jsonable(value), allow_nan=False, ensure_ascii=False)
 
 
 def show_rows(rows: Sequence[Any], as_json: bool) -> None:
@@ -52,7 +66,10 @@ def show_rows(rows: Sequence[Any], as_json: bool) -> None:
         table.add_column(name.replace("_", " "), overflow="fold")
     for record in records:
         table.add_row(*(escape(_words(value)) for value in record.values()))
-    show(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or another program
+        console.width = ENDLESS
+    console.print(table)
 
 
 def check_targets(out: Sequence[Path], overwrite: bool) -> None:
@@ -81,10 +98,27 @@ def deliver(result: Result, out: Sequence[Path], as_json: bool, overwrite: bool 
 def deliver_rows(table: Table, out: Sequence[Path], as_json: bool, overwrite: bool = False) -> None:
     """As ``deliver``, for a table that is read row by row: standard output shows every row, JSON is a list of them."""
     _write(table, out, overwrite)
+    if not as_json:
+        show_lines(table.title)
     show_rows(table.table().to_dict("records"), as_json)
-    for line in () if as_json else (table.check, *table.notes):
-        if line is not None:
-            show(escape(str(line)))
+    if not as_json and table.notes:
+        show_lines(*table.notes)
+
+
+def deliver_records(
+    records: Sequence[Mapping[str, Any]], title: str, out: Sequence[Path], as_json: bool, overwrite: bool
+) -> None:
+    """As ``deliver_rows``, for records with parts in them: whole in JSON, each part as text elsewhere."""
+    from cutaway.results.table import Table
+
+    columns = {name: [_words(record[name]) for record in records] for name in (records[0] if records else ())}
+    for path in (each for each in out if each.suffix == ".json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json_text(records) + "\n", encoding="utf-8")
+        remark(f"wrote {path}")
+    table = Table(title=title, columns=columns)
+    _write(table, [path for path in out if path.suffix != ".json"], overwrite)
+    show_rows(records, as_json)
 
 
 def _write(result: Result, out: Sequence[Path], overwrite: bool) -> None:
@@ -100,8 +134,12 @@ def _record(row: Any) -> dict[str, Any]:
 
 
 def _words(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, list | tuple) and all(isinstance(each, str | int | float) for each in value):
         return ", ".join(map(str, value))
+    if isinstance(value, Mapping) and all(isinstance(each, str) for each in value.values()):
+        return "; ".join(f"{name}: {each}" for name, each in value.items())
     nested = isinstance(value, list | tuple | Mapping)
     return json.dumps(_jsonable(value), indent=1, ensure_ascii=False) if nested else str(value)
 

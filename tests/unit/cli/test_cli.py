@@ -241,7 +241,6 @@ def test_lists_of_methods_specimens_and_versions(capsys: pytest.CaptureFixture[s
     [
         (["sites", "here"], "cutaway.models.sites", "site_table"),
         (["doctor", "here"], "cutaway.models.doctor", "doctor"),
-        (["doctor", "--architectures"], "cutaway.models.doctor", "doctor_architectures"),
     ],
 )
 def test_tables_are_printed_whole_and_written(
@@ -255,18 +254,61 @@ def test_tables_are_printed_whole_and_written(
     import cutaway.models
 
     rows = 40
-    shown = Table(title="t", columns={"site": [f"L{i}.attn.z[5]" for i in range(rows)], "error": [float("nan")] * rows})
+    columns = {
+        "site": [f"L{i}.attn.z[5]" for i in range(rows)],
+        "error": [float("nan")] * rows,
+        "holds": ["yes"] * rows,
+    }
+    shown = Table(title="the title", columns=columns, notes=("refused: some [odd] thing",))
     stand_in = types.ModuleType(module)
     setattr(stand_in, function, lambda *model: shown)
     monkeypatch.setitem(sys.modules, module, stand_in)
     monkeypatch.setattr(cutaway.models, module.rpartition(".")[2], stand_in, raising=False)
     assert main([*command, "--out", "t.csv"]) == 0
     captured = capsys.readouterr()
-    assert all(f"L{i}.attn.z[5]" in captured.out for i in range(rows))
+    lines = captured.out.splitlines()
+    assert lines[0] == "the title"
+    assert all(lines[2 + i].startswith(f"L{i}.attn.z[5]") for i in range(rows))
+    assert lines[-1] == "refused: some [odd] thing"
     assert captured.err == "wrote t.csv\n"
     assert main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[1] == {"site": "L1.attn.z[5]", "error": None}
-    assert len(asked) == (0 if "--architectures" in command else 2)
+    assert json.loads(capsys.readouterr().out)[1] == {"site": "L1.attn.z[5]", "error": None, "holds": "yes"}
+    assert len(asked) == 2
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_model_that_fails_its_examination_is_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in = types.ModuleType("cutaway.models.doctor")
+    stand_in.doctor = lambda model: Table(columns={"claim": ["a", "b"], "holds": ["yes", "NO"]})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    assert main(["doctor", "here"]) == 1
+    assert "NO" in capsys.readouterr().out
+
+
+class Verdict:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def as_json(self) -> dict[str, Any]:
+        refused = {"attn.q": "no [such] thing", "attn.k": "too"}
+        return {"class": self.name, "task": "causal-lm", "status": "partly", "refused": refused, "error": ""}
+
+
+@pytest.mark.usefixtures("asked")
+def test_the_survey_of_architectures_is_a_list(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in = types.ModuleType("cutaway.models.support")
+    stand_in.survey = lambda: [Verdict("A"), Verdict("B")]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    assert main(["doctor", "--architectures", "--json", "--out", "new/a.json", "--out", "a.csv"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(Path("new/a.json").read_text()) == [Verdict("A").as_json(), Verdict("B").as_json()]
+    assert "attn.q: no [such] thing; attn.k: too" in Path("a.csv").read_text()
+    assert main(["doctor", "--architectures"]) == 0
+    assert "attn.q: no [such] thing; attn.k: too" in capsys.readouterr().out
 
 
 def test_help_imports_no_heavy_library() -> None:
