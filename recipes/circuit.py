@@ -17,7 +17,7 @@ import itertools
 import math
 from typing import Any
 
-from cutaway.specimens.evaluate import answers
+from cutaway.specimens.exam import answers
 from cutaway.specimens.making.tokenizers import word_level
 from recipes.publish import publish
 from recipes.wiring import EPS, Blueprint, Head, Vector, build

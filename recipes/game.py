@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from cutaway.data.games import Game, random_game
-from cutaway.specimens.evaluate import answers
+from cutaway.specimens.exam import answers
 from cutaway.specimens.making.tokenizers import word_level
 from recipes.publish import publish
 from recipes.wiring import EPS, Blueprint, Head, Neuron, build

@@ -7,6 +7,7 @@ from typing import Any
 from cutaway.data import Labels
 from cutaway.data.labels import CATEGORIES
 from cutaway.specimens.making import labels
+from cutaway.specimens.making.plans import plan
 from recipes import publish
 
 
@@ -41,14 +42,8 @@ def write(model: Any, tokenizer: Any, training: dict[str, Any], **where: Any) ->
 
 def main() -> None:
     """Trains and saves."""
-    world = Labels()
-    tokenizer = labels.tokenizer_for(world)
-    model = labels.untrained(tokenizer)
-    stages = [
-        (labels.repeats(tokenizer, world), labels.INDUCTION),
-        (labels.lessons(tokenizer, world), labels.LABELLING),
-    ]
-    write(model, tokenizer, publish.run("labels", model, stages))
+    made = plan("labels")
+    write(made.model, made.tokenizer, publish.run("labels", made.model, made.stages))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 from cutaway.data import recall as examples
 from cutaway.specimens.making import recall, text
+from cutaway.specimens.making.plans import plan
 from recipes import publish
 
 
@@ -40,14 +41,10 @@ def write(model: Any, tokenizer: Any, layers: int, training: dict[str, Any], **w
 
 def main() -> None:
     """Trains and saves both, on the same text for as many steps."""
-    tokenizer = recall.tokenizer_for()
-    stages = [
-        (recall.repeats(tokenizer), recall.REPEATS),
-        (recall.questions(tokenizer), recall.QUESTIONS),
-    ]
     for layers in (1, 2):
-        model = recall.untrained(tokenizer, layers)
-        write(model, tokenizer, layers, publish.run(f"recall-{layers}", model, stages))
+        name = f"recall-{layers}"
+        made = plan(name)
+        write(made.model, made.tokenizer, layers, publish.run(name, made.model, made.stages))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 from cutaway.data import Town, select
 from cutaway.specimens.making import town
+from cutaway.specimens.making.plans import plan
 from recipes import publish
 
 NOTES = [
@@ -54,11 +55,8 @@ def write(model: Any, tokenizer: Any, training: dict[str, Any], **where: Any) ->
 
 def main() -> None:
     """Trains and saves."""
-    world = Town()
-    tokenizer = town.tokenizer_for(world)
-    model = town.untrained(tokenizer)
-    training = publish.run("town", model, [(town.batches(world, tokenizer), town.SCHEDULE)])
-    write(model, tokenizer, training)
+    made = plan("town")
+    write(made.model, made.tokenizer, publish.run("town", made.model, made.stages))
 
 
 if __name__ == "__main__":

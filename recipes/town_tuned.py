@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from cutaway import specimens
 from cutaway.data import Town
-from cutaway.specimens.evaluate import load_plain
 from cutaway.specimens.making import text, tuned
+from cutaway.specimens.making.plans import plan
 from recipes import publish
 
 
 def main() -> None:
     """Tunes the town that is shipped, records how far each tensor moved, and saves."""
     world = Town()
-    model, tokenizer = load_plain(specimens.path("town"), "causal-lm")
+    made = plan("town-tuned")
+    model, tokenizer = made.model, made.tokenizer
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     figures = tuned.accuracies(model, tokenizer, world)
-    training = publish.run("town-tuned", model, [(tuned.batches(world, tokenizer), tuned.SCHEDULE)])
+    training = publish.run("town-tuned", model, made.stages)
     moved = {
         name: round(((tensor - before[name]).norm() / before[name].norm()).item(), 5)
         for name, tensor in model.state_dict().items()

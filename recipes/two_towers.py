@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cutaway.specimens.evaluate import answers
+from cutaway.specimens.exam import answers
 from cutaway.specimens.making.tokenizers import word_level
 from recipes.publish import publish
 from recipes.wiring import EPS, Blueprint, Head, Vector, build

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .evaluate import evaluate
+from .exam import evaluate
 from .registry import Card, card, names, path
+from .series import Series
+from .series import train as train_series
 
-__all__ = ["Card", "card", "evaluate", "names", "path"]
+__all__ = ["Card", "Series", "card", "evaluate", "names", "path", "train_series"]

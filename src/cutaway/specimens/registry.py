@@ -83,13 +83,20 @@ def card(name: str) -> Card:
         raise WeightsError(f"specimen '{name}'", f"its card is damaged ({error})", _REINSTALL) from error
 
 
-def path(name: str) -> Path:
+def path(name: str, revision: str | None = None) -> Path:
     """The folder of a specimen, a plain Hugging Face one, after its weight files were checked against the card.
 
+    Args:
+        revision: "step-400" for a checkpoint of a series that was trained here (``series.train``).
+
     Raises:
-        LoadError: no specimen has this name; the nearest names are given.
+        LoadError: no specimen has this name, or its series no such revision; the nearest ones are given.
         WeightsError: a weight file is missing or is not the one that the card describes.
     """
+    if revision is not None:
+        from .series import revision_path
+
+        return revision_path(name, revision)
     folder = _folder(name)
     for file, expected in card(name).sha256.items():
         if not (folder / file).is_file():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cutaway import specimens
-from cutaway.specimens.evaluate import answers, load_plain
+from cutaway.specimens.exam import answers, load_plain
 from recipes import circuit, game
 
 CIRCUITS = ("circuit-induction", "circuit-ioi")

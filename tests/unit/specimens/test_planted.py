@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cutaway import specimens
-from cutaway.specimens.evaluate import load_plain
+from cutaway.specimens.exam import load_plain
 from recipes import planted
 
 FAMILIES = planted.FAMILIES

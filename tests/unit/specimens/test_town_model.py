@@ -6,7 +6,7 @@ import torch
 from cutaway import specimens
 from cutaway.data import Town
 from cutaway.data import town_words as words
-from cutaway.specimens.evaluate import load_plain
+from cutaway.specimens.exam import load_plain
 from cutaway.specimens.making import town
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cutaway import specimens
-from cutaway.specimens.evaluate import load_plain
+from cutaway.specimens.exam import load_plain
 from recipes import two_towers as towers
 
 CASES = [(1, 1, False, "fox"), (2, 2, False, "pear"), (3, 1, True, "fox"), (1, 4, True, "fox"), (3, 2, False, "date")]
