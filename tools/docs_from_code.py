@@ -6,6 +6,7 @@ tools.docs_from_code`` says what is out of step; ``--write`` brings it up to dat
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -36,9 +37,10 @@ def method_block(record: Method) -> str:
     """Summary, stage, kind of result, sources, command line and parameters of a method."""
     facts = [f"Stage **{record.stage}**", f"returns a [{record.kind.__name__}](../concepts/results.md)"]
     facts += [f"follows {', '.join(record.cites)}"] if record.cites else []
-    return "\n\n".join(
+    text = "\n\n".join(
         [record.summary, " · ".join(facts), f"```console\n{synopsis(record)}\n```", parameter_table(record)]
-    ).rstrip()
+    )
+    return re.sub(r"(?<!`)``(?!`)", "`", text)
 
 
 def synopsis(record: Method) -> str:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from cutaway import catalog
-from cutaway.cli.method_command import function_of, help_of
+from cutaway.cli.method_command import function_of, help_of, safe
 from cutaway.cli.options import (
     Device,
     Dtype,
@@ -43,7 +42,7 @@ def app(words: Sequence[str] = ()) -> typer.Typer:
             record = catalog.get(name)
             made.command(name, help=help_of(record), rich_help_panel=panel)(function_of(record))
         else:
-            made.command(name, help=escape(head.summary), rich_help_panel=panel)(_listed)
+            made.command(name, help=safe(head.summary), rich_help_panel=panel)(_listed)
     for panel, commands in FIXED.items():
         for name, function in commands.items():
             made.command(name, rich_help_panel=panel)(function)

@@ -60,10 +60,11 @@ def function_of(record: Method) -> Callable[..., None]:
 def option_of(parameter: Parameter) -> Any:
     """The annotation that makes Typer's option of a parameter. Every value is taken as text; the form reads it."""
     form, switch = parameter.form, parameter.form.name == "switch"
-    says = " ".join(part for part in (parameter.help, f"({form.says})" if form.says and not switch else "") if part)
+    written = "" if switch else f"({form.says}{'; @FILE reads a file' if form.from_file else ''})"
+    says = " ".join(part for part in (parameter.help, written) if part)
     option = typer.Option(
         _flags(parameter),
-        help=escape(says),
+        help=safe(says),
         metavar=None if switch else _metavar(form),
         show_default=parameter.default is not None,
         rich_help_panel=PARAMETERS,
@@ -119,6 +120,12 @@ def _from_file(word: str, lines: bool) -> list[str]:
 
 
 def help_of(record: Method) -> str:
-    """The docstring up to its sections, safe for rich."""
+    """The docstring up to its sections, as paragraphs without marks of code, safe for rich."""
     text = re.split(r"^(?:Args|Returns|Raises|Shapes|Source|Example):", record.doc, maxsplit=1, flags=re.MULTILINE)[0]
-    return escape(text.strip())
+    paragraphs = [each if "\n " in each else " ".join(each.split("\n")) for each in text.strip().split("\n\n")]
+    return safe("\n\n".join(paragraphs))
+
+
+def safe(text: str) -> str:
+    """Text of a docstring without marks of code, safe for rich."""
+    return escape(text.replace("``", ""))

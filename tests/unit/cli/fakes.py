@@ -63,7 +63,8 @@ def glance(
 ) -> Grid:
     """Layer numbers, scaled.
 
-    More about [it], and about L3.attn.z[5].
+    More about [it],
+    and about ``L3.attn.z[5]``.
 
     Args:
         prompt: what the model

@@ -201,6 +201,8 @@ def as_ids(given: Any) -> tuple[int, ...] | None:
 
 
 def described(given: Any) -> str:
-    shape = f" of shape {list(given.shape)}" if hasattr(given, "shape") else ""
+    """The type of a value, with its shape or, for a list, its content."""
     name = type(given).__name__
-    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}{shape}" + ("" if shape or not isinstance(given, list | tuple) else f" {given!r}")
+    content = f" {given!r}" if isinstance(given, list | tuple) else ""
+    shape = f" of shape {list(given.shape)}" if hasattr(given, "shape") else content
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}{shape}"
