@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
@@ -212,7 +213,9 @@ class Encoder:
         opened = [open_image(image) for image in images]
         text = self._place_images(prompt, len(opened))
         try:
-            features = self.processor(text=[text], images=opened, return_tensors="pt")
+            with warnings.catch_warnings():  # what processors of transformers call outdated in numpy or in themselves
+                warnings.simplefilter("ignore", DeprecationWarning)
+                features = self.processor(text=[text], images=opened, return_tensors="pt")
         except (ValueError, IndexError, RuntimeError, TypeError) as error:
             sizes = ", ".join(f"{im.width}x{im.height}" for im in opened)
             found = f"the processor refused them: {reason(error)}"
@@ -248,6 +251,9 @@ class Encoder:
             raise InputError("input_ids", f"got {list(ids.shape)} of {ids.dtype}", "give integers, [batch, pos]")
         mask = torch.as_tensor(features.pop("attention_mask", torch.ones_like(ids)))
         mask = mask[None] if mask.ndim == 1 else mask
+        if mask.shape != ids.shape:
+            found = f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}"
+            raise InputError("inputs", found, "both are [batch, pos]")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.vocabulary_size:
             self.token(low if low < 0 else high)
@@ -283,7 +289,8 @@ def open_image(image: Any) -> Any:
         there = "a folder" if path.is_dir() else "no such file"
         raise ImageError(f"image '{path}'", there, "check the path")
     try:
-        return Image.open(path).convert("RGB")
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(
             f"image '{path}'", f"it cannot be read as an image ({type(error).__name__})", "give a PNG or JPEG"

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from cutaway.core.errors import LoadError, UnsupportedError
+from cutaway.core.errors import CutawayError, LoadError, UnsupportedError
 from cutaway.models.upstream import reason
 
 TOKENIZER = (
@@ -52,6 +52,8 @@ def load_processor(folder: Path, config: Any, name: str = "") -> Any:
     what = "tokenizer" if cls is None else cls.__name__
     try:
         return _tokenizer(folder) if cls is None else _processor(cls, folder)
+    except CutawayError:
+        raise
     except ImportError as error:
         raise LoadError(f"{what} of '{name}'", reason(error), "install that package") from error
     except Exception as error:
@@ -150,4 +152,9 @@ def _has(folder: Path, *files: str) -> bool:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoadError(f"processor of '{file.parent.name}'", f"{file.name} cannot be read ({error})") from error

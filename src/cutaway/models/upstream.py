@@ -56,17 +56,19 @@ def explained(asked: str) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No log lines of transformers and the hub's client below errors; bars only where a person watches."""
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS as ASKED
     from huggingface_hub.utils import logging as hub
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     before, bars, hub_before = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub.get_verbosity()
-    hub_bars = not are_progress_bars_disabled()
+    hub_bars = ASKED is None and not are_progress_bars_disabled()  # the environment variable has the last word
     logging.set_verbosity_error()
     hub.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-        disable_progress_bars()
+        if hub_bars:
+            disable_progress_bars()
     try:
         yield
     finally:
