@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cutaway import catalog
 from cutaway.cli import app
 from cutaway.core import errors, intervention, metric, site
 from cutaway.results import Result
+from tools import docs_from_code
 
 T = TypeVar("T")
 
@@ -110,6 +113,33 @@ def commands() -> str:
     return table(["", "command", "what it does"], rows)
 
 
+def figures(name: str) -> Any:
+    """The figures of ``benchmarks/results/<name>.json``."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text())["figures"]
+
+
+def support_counts() -> str:
+    """How many classes of each task have each status."""
+    found = figures("architectures")["counts"]
+    heads = list(next(iter(found.values())))
+    return table(["task", *heads], [[task, *(str(row[head]) for head in heads)] for task, row in found.items()])
+
+
+def support_table() -> str:
+    """Every class with its status, and what is refused and why."""
+    rows = []
+    for each in figures("architectures")["classes"]:
+        reasons: dict[str, list[str]] = {}
+        for place, why in each["refused"].items():
+            reasons.setdefault(why, []).append(f"`{place}`")
+        said = [f"{', '.join(places)}: {why}" for why, places in reasons.items()]
+        if each["error"] and each["error"] not in reasons:
+            said.append(each["error"])
+        rows.append([f"`{each['class']}`", each["task"], each["status"], "; ".join(said)])
+    return table(["class", "task", "status", "what is refused, and why"], rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "error tree": error_tree,
     "error classes": error_classes,
@@ -119,4 +149,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "result kinds": result_kinds,
     "methods": methods,
     "commands": commands,
+    "support counts": support_counts,
+    "support table": support_table,
+    **docs_from_code.method_blocks(),
 }

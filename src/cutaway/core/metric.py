@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cutaway.core.errors import ParameterError, nearest
+from cutaway.core.forms.base import join_list, quoted, split_list
 from cutaway.core.inputs import Inputs
 from cutaway.core.site import Items
 
@@ -121,7 +122,10 @@ class Metric:
             raise ParameterError(
                 f"metric {text!r}", "it does not read as one", "write for example 'logit_diff: #11, #22'"
             )
-        words = tuple(split_tokens(match[2] or ""))
+        try:
+            words = tuple(split_list(match[2] or ""))
+        except ValueError as error:
+            raise ParameterError(f"metric {text!r}", str(error), "write for example 'logit_diff: #11, #22'") from None
         ids = tuple(vocabulary.token(word) for word in words)
         return Metric(match[1], ids, None if match[3] is None else int(match[3]), words)
 
@@ -162,17 +166,6 @@ class Metric:
 
     def __str__(self) -> str:
         words = self.words or tuple(f"#{i}" for i in self.ids)
-        quoted = [f'"{w}"' if w != w.strip() or set(w) & set(',@"') or not w else w for w in words]
-        return (
-            self.form
-            + (": " + ", ".join(quoted) if quoted else "")
-            + (f" @{self.position}" if self.position is not None else "")
-        )
-
-
-def split_tokens(text: str) -> list[str]:
-    """Token texts of ``A, "B, b", #3``: separated by commas, quotes keep commas and spaces."""
-    parts = re.findall(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^,]+?))\s*(?:,|$)', text)
-    return [
-        re.sub(r"\\(.)", r"\1", quoted) if quoted or not plain else plain for quoted, plain in parts if quoted or plain
-    ]
+        listed = ", ".join(quoted(w) if "@" in w else join_list([w]) for w in words)
+        place = f" @{self.position}" if self.position is not None else ""
+        return self.form + (f": {listed}" if listed else "") + place

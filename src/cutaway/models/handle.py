@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -44,6 +44,7 @@ class Model:
         self.name = name or getattr(hf.config, "name_or_path", "") or type(hf).__name__
         self.encoder = Encoder(hf, processor)
         self._anatomy: Anatomy | None = None
+        self._digest: tuple[int, str] | None = None
         self._takes_cache = "use_cache" in inspect.signature(hf.forward).parameters
 
     # -- what it is ---------------------------------------------------------------------------------------------------
@@ -73,16 +74,14 @@ class Model:
         """Plans of the language model's layers."""
         return self.anatomy().stacks[""]
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """Short hash of the configuration and of a sample of every weight."""
-        h = hashlib.sha256(type(self.hf).__name__.encode())
-        for name, weight in self.hf.state_dict().items():
-            flat = weight.detach().flatten()
-            step = max(1, flat.numel() // 256)
-            sample = flat[::step].float().cpu().numpy().tobytes()
-            h.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample)
-        return h.hexdigest()[:16]
+        """Short hash of the class and of every weight, computed again when a weight was written to."""
+        weights = self.hf.state_dict()
+        state = hash(tuple((name, w.data_ptr(), w._version) for name, w in weights.items()))
+        if self._digest is None or self._digest[0] != state:
+            self._digest = state, weights_digest(type(self.hf).__name__, weights)
+        return self._digest[1]
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {type(self.hf).__name__}, {self.dtype}, {self.device})"
@@ -302,6 +301,17 @@ class Model:
             for step in anatomy.tail:
                 x = step.run(self.hf, x)
         return x.reshape(*resid.shape[:-1], x.shape[-1])
+
+
+def weights_digest(name: str, weights: Mapping[str, Tensor]) -> str:
+    """Short hash of named weights: a checksum over all of each, and a sample that knows the order."""
+    h = hashlib.sha256(name.encode())
+    for key, weight in weights.items():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy().tobytes()
+        whole = int(torch.hash_tensor(flat)) if flat.numel() else 0
+        h.update(f"{key}{tuple(weight.shape)}{weight.dtype}{whole}".encode() + sample)
+    return h.hexdigest()[:16]
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -183,11 +183,12 @@ def split_list(text: str) -> list[str]:
 def join_list(items: Iterable[str]) -> str:
     """The text that ``split_list`` reads back: items with commas, quotes or outer spaces are put in quotes."""
     return ", ".join(
-        item if item and item == item.strip() and not set(item) & set(',"') else _quoted(item) for item in items
+        item if item and item == item.strip() and not set(item) & set(',"') else quoted(item) for item in items
     )
 
 
-def _quoted(item: str) -> str:
+def quoted(item: str) -> str:
+    """The item in quotes, with what would end them escaped."""
     escaped = re.sub(r'(["\\])', r"\\\1", item)
     return f'"{escaped}"'
 

@@ -105,8 +105,8 @@ def patch(
         title=f"{kind} patched {direction} in {model.name}",
         values=grid.reshape(len(cells), -1),
         axes=("layer", axis),
-        measure="recovery" if normalise else str(measure),
-        unit="normalised recovery" if normalise else measure.unit,
+        measure="normalised recovery" if normalise else str(measure),
+        unit="1 = the run that gives" if normalise else measure.unit,
         center=0.0 if normalise else base,
         labels={"layer": tuple(row[0].layer for row in cells), axis: labels},
         check=Check(

@@ -1,0 +1,1 @@
+"""Speed and reproduction benchmarks; their figures are kept under results/."""

@@ -1,0 +1,101 @@
+"""Time alternatives against each other in one process, and keep the figures with what they depend on."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(candidates: Mapping[str, Callable[[], Any]], runs: int = 7, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each run of each candidate, taken in turns so that the machine's drift meets all alike."""
+    for function in candidates.values():
+        for _ in range(warmup):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(runs):
+            for name, function in candidates.items():
+                start = time.perf_counter()
+                function()
+                seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """Median seconds per candidate."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
+    """Median over the rounds of ``name`` against ``base`` of the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and system."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    import os
+
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": platform.system(),
+    }
+
+
+def commit() -> str:
+    """The commit that was measured; '-dirty' when files differ from it."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def keep(name: str, figures: Mapping[str, Any], note: str = "") -> Path:
+    """Write ``benchmarks/results/<name>.json``: figures, commit, machine, versions."""
+    from cutaway.core.versions import versions
+
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    whole = {
+        "name": name,
+        "note": note,
+        "figures": figures,
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+    return path
