@@ -6,6 +6,7 @@ from .examples import Example, Pair, pair_up, select
 from .games import Game, random_game
 from .labels import Labels, Shot
 from .recall import recall, recall_pairs
+from .scenes import Scene, Scenes, Thing
 from .town import Person, Town
 
 __all__ = [
@@ -14,7 +15,10 @@ __all__ = [
     "Labels",
     "Pair",
     "Person",
+    "Scene",
+    "Scenes",
     "Shot",
+    "Thing",
     "Town",
     "pair_up",
     "random_game",

@@ -27,6 +27,15 @@ def listing() -> list[dict[str, str]]:
     return rows
 
 
+def table() -> str:
+    """The list as a Markdown table, as docs/specimens.md shows it."""
+    lines = ["| Specimen | Class | Size | What it is |", "|---|---|---|---|"]
+    for name in registry.names():
+        card = registry.card(name)
+        lines.append(f"| `{name}` | `{card.architecture}` | {card.size / 1e6:.1f} MB | {card.title} |")
+    return "\n".join(lines)
+
+
 def described(name: str) -> str:
     """A card as text: what it is, what it can do, what is known, and prompts with the answers it gives.
 

@@ -145,11 +145,30 @@ def _recall(layers: int) -> Callable[[int | None], Plan]:
     return make
 
 
+def _scenes_base(seed: int | None) -> Plan:
+    from cutaway.data import Scenes
+
+    from . import scenes
+
+    world, town, seed = Scenes(seed=scenes.SEED), scenes.town_of(), scenes.SEED if seed is None else seed
+    tokenizer = scenes.tokenizer_for(world, town)
+    return Plan(
+        scenes.untrained_base(tokenizer, seed),
+        tokenizer,
+        (
+            (scenes.repeats(tokenizer, seed), scenes.REPEATS),
+            (scenes.reading(world, town, tokenizer, seed), scenes.READING),
+        ),
+        lambda model: scenes.base_accuracies(model, tokenizer),
+    )
+
+
 _PLANS: dict[str, Callable[[int | None], Plan]] = {
     "town": _town,
     "town-tuned": _town_tuned,
     "micro": _micro,
     "labels": _labels,
+    "scenes-base": _scenes_base,
     "recall-1": _recall(1),
     "recall-2": _recall(2),
 }
