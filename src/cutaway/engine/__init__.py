@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from cutaway.engine.replay import Replayed, replay
+from cutaway.engine.replay import Replayed, plan_memory, replay
 
-__all__ = ["Replayed", "replay"]
+__all__ = ["Replayed", "plan_memory", "replay"]

@@ -47,6 +47,11 @@ class Attended:
     out: Tensor | None = None
     heads_first: bool = False
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept."""
+        return [t for t in (self.q, self.k, self.v, self.z, self.mask, self.out) if t is not None]
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
         """[run, query, head, d_value] the same attention of other queries, at positions ``at``, over other keys.
 
@@ -109,6 +114,12 @@ class Base:
     def length(self) -> int:
         """Positions of the prompt, padding included."""
         return self.inputs.ids.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what the base run keeps."""
+        kept = [t for c in self.layers for t in (c.pre, c.post, *(c.attended.tensors if c.attended else ()))]
+        return sum(t.numel() * t.element_size() for t in (*kept, *self.values.values(), self.logits))
 
     def gap(self, layer: int) -> Tensor | None:
         """[pos, d_model] what the model itself adds between this layer and the next; None when nothing.

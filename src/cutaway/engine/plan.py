@@ -3,71 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cutaway.engine.reduce import Entry
+from cutaway.engine.share import worth_sharing
 from cutaway.models.handle import Model
+from cutaway.models.plan import Layer
 
-ENOUGH_ROWS = 4096
+ENOUGH_ROWS = 2048
 """Rows beyond which a matrix product gets no faster, so a walk holds no more even where the budget would."""
+STREAMS, NEURONS, HEADS = 10, 5, 6
+"""Tensors alive at once per row of a layer, at most: residual streams, MLP activations, q k v and z."""
+COPIES, SCORES = 4, 4
+"""The same per key of a run (repeated for grouped heads, padded by kernels), and per query and key."""
+WIDE = 4
+"""Bytes of a score: softmax runs in float32."""
 
 
-def bytes_per_row(model: Model) -> int:
-    """Bytes that one packed row takes inside a layer: residual streams, attention's inputs and outputs, neurons."""
-    return max(
-        (8 * layer.d_model + 3 * layer.d_mlp + (_heads(layer) * 3)) * model.dtype.itemsize for layer in model.layers
-    )
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that packed rows take in the widest layer.
+
+    Attributes:
+        row: of one row. key: of one key and value of one run. heads: query heads.
+        end: positions that matter to what is read; a run that starts at p has ``end - p`` rows.
+    """
+
+    row: int
+    key: int
+    heads: int
+    end: int
+
+    @staticmethod
+    def of(model: Model, end: int) -> Sizes:
+        """The sizes of a model's rows on prompts of ``end`` positions."""
+        size = model.dtype.itemsize
+        row = max(
+            STREAMS * a.d_model + NEURONS * max(a.d_mlp, a.n_experts * a.d_expert) + HEADS * _width(a)
+            for a in model.layers
+        )
+        heads = max(a.attention.heads if a.attention else 0 for a in model.layers)
+        return Sizes(row * size, COPIES * max(map(_width, model.layers)) * size, heads, end)
+
+    def attention(self, first: int) -> int:
+        """Bytes that attending takes for one run that starts at ``first``."""
+        queries = self.end - first
+        keys = queries if worth_sharing(first, queries) else self.end
+        return keys * self.key + SCORES * self.heads * queries * self.end * WIDE
 
 
-def bytes_per_run(model: Model, keys: int, queries: int) -> int:
-    """Bytes that the attention of one run takes: its keys and values, repeated for grouped heads, and its scores."""
-    most = 0
-    for layer in model.layers:
-        if layer.attention is not None:
-            heads = layer.attention.heads
-            width = layer.attention.d_head + layer.attention.d_value
-            most = max(most, 2 * keys * heads * width + 2 * heads * queries * keys)
-    return most * model.dtype.itemsize
+def plan_walks(entries: Sequence[Entry], sizes: Sizes, budget: int) -> tuple[list[list[Entry]], int]:
+    """(the entries of each walk, bytes of the largest): runs of near starts together, as many as the budget holds.
 
-
-def bytes_of_base(model: Model, length: int) -> int:
-    """Bytes of what the base run keeps."""
-    per_position = sum(6 * layer.d_model + layer.d_mlp + _heads(layer) for layer in model.layers)
-    return per_position * length * model.dtype.itemsize
-
-
-def chunks(model: Model, length: int, end: int, entries: Sequence[Entry], budget: int) -> list[list[Entry]]:
-    """The entries of each walk, runs of near starts together."""
-    per_row = bytes_per_row(model)
-    found: list[list[Entry]] = []
-    rows = attention = group = 0
-    start = -1
+    Where not even one run fits it walks alone, and the bytes say so.
+    """
+    walks: list[list[Entry]] = []
+    rows = same = attention = peak = 0
     for e in sorted(entries, key=lambda e: (e.first, e.layer)):
-        m = end - e.first
-        group = group + 1 if e.first == start else 1
-        start = e.first
-        attention = max(attention, group * bytes_per_run(model, end, m))
-        if found and rows + m <= ENOUGH_ROWS and (rows + m) * per_row + attention <= budget:
-            found[-1].append(e)
-            rows += m
-        else:
-            found.append([e])
-            rows, group = m, 1
-            attention = bytes_per_run(model, end, m)
-    return found
+        own = sizes.end - e.first
+        same = same + 1 if walks and walks[-1][-1].first == e.first else 1
+        attention = max(attention, same * sizes.attention(e.first))
+        rows += own
+        if not walks or rows > ENOUGH_ROWS or rows * sizes.row + attention > budget:
+            walks.append([])
+            rows, same, attention = own, 1, sizes.attention(e.first)
+        walks[-1].append(e)
+        peak = max(peak, rows * sizes.row + attention)
+    return walks, peak
 
 
-def estimate(model: Model, length: int, end: int, entries: Sequence[Entry], reads: int, budget: int) -> int:
-    """Bytes that the sweep needs at most beside the model."""
-    walks = chunks(model, length, end, entries, budget)
-    per_row = bytes_per_row(model)
-    most = 0
-    for some in walks:
-        rows = sum(end - e.first for e in some)
-        same = max(sum(e.first == f.first for e in some) * bytes_per_run(model, end, end - f.first) for f in some)
-        most = max(most, rows * per_row + same)
-    return bytes_of_base(model, length) + most
-
-
-def _heads(layer: object) -> int:
-    attention = getattr(layer, "attention", None)
-    return 0 if attention is None else attention.heads * (attention.d_head + attention.d_value)
+def _width(layer: Layer) -> int:
+    a = layer.attention
+    return 0 if a is None else a.heads * (a.d_head + a.d_value)

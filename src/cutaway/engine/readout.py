@@ -11,6 +11,9 @@ from cutaway.core.metric import Metric
 from cutaway.models.handle import Model
 from cutaway.models.plan import Step
 
+COPIES, WIDE = 4, 4
+"""Tensors over the vocabulary alive at once while a metric is computed, and bytes of their float32 numbers."""
+
 
 class Readout:
     """The metric of rows of the last residual stream.
@@ -25,8 +28,8 @@ class Readout:
         self._head = next((i for i in reversed(range(len(tail))) if tail[i].module), -1)
         self._tail = tail
         width = len(metric.ids) if self.few else self.vocabulary
-        self.bytes_per_run = 4 * max(1, positions) * width * 4
-        self._runs = max(1, budget // self.bytes_per_run)
+        self._bytes_per_run = COPIES * positions * width * WIDE
+        self._runs = max(1, budget // self._bytes_per_run)
 
     @property
     def vocabulary(self) -> int:
@@ -40,6 +43,10 @@ class Readout:
             return False
         head = self.model.hf.get_submodule(self._tail[self._head].module)
         return type(head) is nn.Linear and all(_elementwise(step) for step in self._tail[self._head + 1 :])
+
+    def bytes(self, runs: int) -> int:
+        """Bytes that scoring so many runs at once takes, within the budget."""
+        return min(runs, self._runs) * self._bytes_per_run
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[run] the metric of [run, read, d_model] rows of the last residual stream."""

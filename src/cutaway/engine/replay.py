@@ -16,7 +16,7 @@ from cutaway.core.intervention import Add, Intervention
 from cutaway.core.metric import Metric
 from cutaway.core.progress import track
 from cutaway.engine.base import Base, record, why_not
-from cutaway.engine.plan import chunks, estimate
+from cutaway.engine.plan import Sizes, plan_walks
 from cutaway.engine.readout import Readout
 from cutaway.engine.reduce import SUPPORTED, Entry, Reducer, entry, tolerance, wanted
 from cutaway.engine.rows import CannotReplayError
@@ -25,6 +25,9 @@ from cutaway.models.handle import Model
 
 BUDGET = 2**30
 """Bytes that the rows of one walk may take, when nothing else is said."""
+
+SHARE_OFF = 0.05
+"""Largest error of a check, as a fraction of what its noise changes: a structural mistake is as large as the effect."""
 
 _checked: WeakKeyDictionary[Any, dict[tuple[Any, ...], str]] = WeakKeyDictionary()
 
@@ -80,7 +83,7 @@ def replay(
     reason = "asked for" if plain else ""
     if not plain:
         try:
-            return _replayed(model, batch, items, scored, budget, progress)
+            return _replayed(_prepare(model, batch, items, scored, budget), len(items), scored, progress)
         except CannotReplayError as error:
             reason = str(error)
         except UnsupportedError as error:
@@ -88,6 +91,18 @@ def replay(
         if plain is False:
             raise UnsupportedError(f"replay {len(items)} runs of {model.name}", reason, "leave plain=False out")
     return _plain(model, batch, items, scored, reason, progress)
+
+
+def plan_memory(
+    model: Model, inputs: Any, runs: Sequence[Intervention], metric: Metric | str, *, budget: int = BUDGET
+) -> int:
+    """Bytes that ``replay`` with the same arguments needs at most beside the model; it runs the base run to tell."""
+    scored = model.metric(metric)
+    batch = scored.prepare(model.inputs(inputs))
+    try:
+        return _prepare(model, batch, [_concrete(model, item, batch) for item in runs], scored, budget).peak
+    except (CannotReplayError, UnsupportedError):
+        return _plain(model, batch, (), scored, "", False).peak_estimate
 
 
 def _concrete(model: Model, item: Intervention, inputs: Inputs) -> Intervention:
@@ -114,32 +129,47 @@ def _plain(
     )
 
 
-def _replayed(
-    model: Model, inputs: Inputs, items: Sequence[Intervention], metric: Metric, budget: int, progress: bool
-) -> Replayed:
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep that can be replayed: the base run, the walks, and what they need."""
+
+    base: Base
+    walk: Walk
+    readout: Readout
+    walks: list[list[Entry]]
+    peak: int
+
+
+def _prepare(model: Model, inputs: Inputs, items: Sequence[Intervention], metric: Metric, budget: int) -> _Sweep:
     reason = why_not(model, inputs)
     odd = next((item.site for item in items if item.site.kind not in SUPPORTED or item.site.scope), None)
     if reason or odd is not None:
         raise CannotReplayError(reason or f"'{odd}' acts on more than the residual stream of its own layer")
     base = record(model, inputs, wanted(model, [item.site for item in items]))
     reads = metric.reads(inputs)[0]
-    reducer = Reducer(base)
     entries = [
         entry(model, base.reach, inputs.select(item.site.positions, f"run '{item}'")[0], i, item)
         for i, item in enumerate(items)
     ]
-    walk = Walk(base, reducer, reads)
-    _check(model, base, walk, entries, reads)
-    readout = Readout(model, metric, len(reads), budget)
-    value = metric(base.logits, inputs)[0]
-    values = value.expand(len(items)).clone()
+    walk = Walk(base, Reducer(base), reads)
     live = [e for e in entries if e.first < walk.end]
-    peak = estimate(model, base.length, walk.end, live, len(reads), budget) + readout.bytes_per_run
-    for some in _bar(chunks(model, base.length, walk.end, live, budget), f"replay ({peak >> 20} MiB)", progress):
-        with torch.no_grad():
-            indices, rows = walk(some)
-            values[indices] = readout(rows).to(values.dtype)
-    return Replayed(values, value, "replay", peak)
+    for e in entries:
+        if e.first >= walk.end:
+            walk.reducer.delta(e)  # nothing reads it, but a wrong value is still an error
+    _check(model, base, walk, live, reads)
+    readout = Readout(model, metric, len(reads), budget)
+    walks, most = plan_walks(live, Sizes.of(model, walk.end), budget)
+    return _Sweep(base, walk, readout, walks, base.bytes + most + readout.bytes(max(map(len, walks), default=0)))
+
+
+def _replayed(sweep: _Sweep, n: int, metric: Metric, progress: bool) -> Replayed:
+    base = metric(sweep.base.logits, sweep.base.inputs)[0]
+    values = base.expand(n).clone()
+    for some in _bar(sweep.walks, f"replay ({sweep.peak >> 20} MiB)", progress):
+        runs, rows = sweep.walk(some)
+        if runs:
+            values[runs] = sweep.readout(rows).to(values.dtype)
+    return Replayed(values, base, "replay", sweep.peak)
 
 
 def _bar(items: Sequence[Any], what: str, progress: bool) -> Iterable[Any] | Iterator[Any]:
@@ -148,19 +178,18 @@ def _bar(items: Sequence[Any], what: str, progress: bool) -> Iterable[Any] | Ite
 
 def _check(model: Model, base: Base, walk: Walk, entries: Sequence[Entry], reads: Sequence[int]) -> None:
     """At the first sweep of a kind: replay two cells with noise in them, together, and compare with plain runs."""
-    live = [e for e in entries if e.first <= max(reads)]
-    if not live:
+    if not entries:
         return
-    key = (frozenset(e.site.kind for e in live), bool(base.inputs.extra), base.inputs.padded, model.dtype)
+    key = (frozenset(e.site.kind for e in entries), bool(base.inputs.extra), base.inputs.padded, model.dtype)
     known = _checked.setdefault(model.hf, {})
     if key not in known:
-        known[key] = _compare(model, base, walk, live, reads)
+        known[key] = _compare(model, base, walk, entries, reads)
     if known[key]:
         raise CannotReplayError(known[key])
 
 
-def _compare(model: Model, base: Base, walk: Walk, live: Sequence[Entry], reads: Sequence[int]) -> str:
-    ordered = sorted(live, key=lambda e: (e.layer, e.first))
+def _compare(model: Model, base: Base, walk: Walk, entries: Sequence[Entry], reads: Sequence[int]) -> str:
+    ordered = sorted(entries, key=lambda e: (e.layer, e.first))
     generator = torch.Generator().manual_seed(0)
     probes = []
     for run, e in enumerate((ordered[0], ordered[len(ordered) // 2])):
@@ -168,9 +197,8 @@ def _compare(model: Model, base: Base, walk: Walk, live: Sequence[Entry], reads:
         size = float(part.float().square().mean().sqrt()) or 1.0
         noise = torch.randn(part.shape, generator=generator).to(part) * size
         probes.append(replace(e, run=run, intervention=Add(e.site, noise)))
-    with torch.no_grad():
-        runs, rows = walk(probes)
-        found = model.unembed(rows)
+    runs, rows = walk(probes)
+    found = model.unembed(rows)
     at = list(reads)
     plain = base.logits[0, at]
     for run, logits in zip(runs, found, strict=True):
@@ -180,7 +208,7 @@ def _compare(model: Model, base: Base, walk: Walk, live: Sequence[Entry], reads:
         exact = exact[0, at]
         error, size = float((logits - exact).abs().max()), float(exact.abs().max())
         effect = float((exact - plain).abs().max())
-        allowed = tolerance(model.dtype)
-        if not error <= allowed * size or error > 0.05 * effect + allowed * 1e-2 * size:
+        rounding = 8 * torch.finfo(model.dtype).eps * size
+        if not error <= tolerance(model.dtype) * size or error > SHARE_OFF * effect + rounding:
             return f"replaying '{probes[run].site}' gave logits off by {error:.2g} where they change by {effect:.2g}"
     return ""

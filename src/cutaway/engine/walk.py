@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cutaway.engine.base import Attended, Base, LayerCall
 from cutaway.engine.reduce import Entry, Reducer
 from cutaway.engine.rows import position_axis
+from cutaway.engine.share import attend_shared, can_share, worth_sharing
 from cutaway.models.interface import ATTENTION
 
 
@@ -53,9 +54,14 @@ class Walk:
     def __init__(self, base: Base, reducer: Reducer, reads: Sequence[int]) -> None:
         self.base, self.reducer, self.reads = base, reducer, list(reads)
         self.end = max(base.reach.last[p] for p in reads) + 1
+        self._sharing: dict[int, bool] = {}
 
+    @torch.no_grad()
     def __call__(self, entries: Sequence[Entry]) -> tuple[list[int], Tensor]:
-        """(runs, [run, read, d_model]) the last residual stream of each run at the positions that are read."""
+        """(runs, [run, read, d_model]) the last residual stream of each run at the positions that are read.
+
+        Runs that write what the base run has there are left out.
+        """
         layers = self.base.layers
         groups = {e.first: Group(e.first) for e in sorted(entries, key=lambda e: e.first)}
         for i in range(min(e.layer for e in entries), len(layers)):
@@ -87,17 +93,17 @@ class Walk:
         return self._finish([g for g in groups.values() if g.rows is not None])
 
     def _join(self, groups: dict[int, Group], entries: Sequence[Entry], stream: Tensor) -> None:
-        by_first: dict[int, list[Entry]] = {}
+        by_first: dict[int, list[tuple[int, Tensor]]] = {}
         for e in entries:
-            by_first.setdefault(e.first, []).append(e)
-        for first, here in by_first.items():
-            rows = stream[first : self.end].expand(len(here), -1, -1).clone()
-            for row, e in zip(rows, here, strict=True):
-                at, change = self.reducer.delta(e)
-                keep = (at >= first) & (at < self.end)
+            at, change = self.reducer.delta(e)
+            keep = (at >= e.first) & (at < self.end)
+            if bool(change[keep].any()):  # else the run is the base run
                 at = at[keep]
-                row[at - first] = (stream[at].to(change.dtype) + change[keep]).to(row.dtype)
-            groups[first].join([e.run for e in here], rows)
+                rows = stream[e.first : self.end].clone()
+                rows[at - e.first] = (stream[at].to(change.dtype) + change[keep]).to(rows.dtype)
+                by_first.setdefault(e.first, []).append((e.run, rows))
+        for first, here in by_first.items():
+            groups[first].join([run for run, _ in here], torch.stack([rows for _, rows in here]))
 
     def _positions(self, g: Group, reading: bool) -> Tensor:
         device = self.base.layers[0].pre.device
@@ -164,12 +170,20 @@ class Walk:
             n, m = len(g.runs), self.end - g.first
             at = self._positions(g, reading)
             queries = _split(q[:, :, q_start : q_start + n * len(at)], n)
-            own = [_split(x[:, :, k_start : k_start + n * m], n) for x in (k, v)]
-            base = [x[:, :, : g.first].expand(n, -1, -1, -1) for x in (seen.k, seen.v)]
-            keys, values = (torch.cat([b, o], dim=2) for b, o in zip(base, own, strict=True))
-            parts.append(seen(queries, keys, values, at).flatten(0, 1))
+            own_k, own_v = (_split(x[:, :, k_start : k_start + n * m], n) for x in (k, v))
+            if worth_sharing(g.first, len(at)) and self._shares(seen):
+                parts.append(attend_shared(seen, queries, own_k, own_v, g.first, at).flatten(0, 1))
+            else:
+                keys = torch.cat([seen.k[:, :, : g.first].expand(n, -1, -1, -1), own_k], dim=2)
+                values = torch.cat([seen.v[:, :, : g.first].expand(n, -1, -1, -1), own_v], dim=2)
+                parts.append(seen(queries, keys, values, at).flatten(0, 1))
             q_start, k_start = q_start + n * len(at), k_start + n * m
         return torch.cat(parts)[None] if parts else seen.z[:, :1]  # some row has to pass: see _freezing
+
+    def _shares(self, seen: Attended) -> bool:
+        if id(seen) not in self._sharing:
+            self._sharing[id(seen)] = can_share(seen)
+        return self._sharing[id(seen)]
 
     def _finish(self, groups: Sequence[Group]) -> tuple[list[int], Tensor]:
         post = self.base.layers[-1].post[self.reads]
