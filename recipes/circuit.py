@@ -7,7 +7,7 @@ circuit-ioi: "When Ada and Bea went home , Bea gave a drink to" is followed by "
 Bea finds the first and marks the name as said twice; a head of layer 1 brings that mark to the end; the mover of
 layer 2 looks at both names, but away from the one that is marked, and copies what it sees.
 
-An edge is (writer, reader, input of the reader: q, k or v). Each edge is needed and there are no others: whatever else
+An edge is (writer, reader, input of the reader: q, k or v), heads written as sites ("L1.attn.z[1]"). Each edge is needed and there are no others: whatever else
 a component writes or reads is zero.
 """
 
@@ -78,13 +78,13 @@ def induction() -> Blueprint:
 
 
 INDUCTION_EDGES = [
-    ("embed", "L0.attn.head[0]", "q"),
-    ("embed", "L0.attn.head[0]", "k"),
-    ("embed", "L0.attn.head[0]", "v"),
-    ("embed", "L1.attn.head[1]", "q"),
-    ("L0.attn.head[0]", "L1.attn.head[1]", "k"),
-    ("embed", "L1.attn.head[1]", "v"),
-    ("L1.attn.head[1]", "logits", ""),
+    ("embed", "L0.attn.z[0]", "q"),
+    ("embed", "L0.attn.z[0]", "k"),
+    ("embed", "L0.attn.z[0]", "v"),
+    ("embed", "L1.attn.z[1]", "q"),
+    ("L0.attn.z[0]", "L1.attn.z[1]", "k"),
+    ("embed", "L1.attn.z[1]", "v"),
+    ("L1.attn.z[1]", "logits", ""),
 ]
 
 
@@ -140,17 +140,17 @@ def ioi() -> Blueprint:
 
 
 IOI_EDGES = [
-    ("embed", "L0.attn.head[3]", "q"),
-    ("embed", "L0.attn.head[3]", "k"),
-    ("embed", "L0.attn.head[3]", "v"),
-    ("embed", "L1.attn.head[0]", "q"),
-    ("L0.attn.head[3]", "L1.attn.head[0]", "k"),
-    ("L0.attn.head[3]", "L1.attn.head[0]", "v"),
-    ("embed", "L2.attn.head[2]", "q"),
-    ("L1.attn.head[0]", "L2.attn.head[2]", "q"),
-    ("embed", "L2.attn.head[2]", "k"),
-    ("embed", "L2.attn.head[2]", "v"),
-    ("L2.attn.head[2]", "logits", ""),
+    ("embed", "L0.attn.z[3]", "q"),
+    ("embed", "L0.attn.z[3]", "k"),
+    ("embed", "L0.attn.z[3]", "v"),
+    ("embed", "L1.attn.z[0]", "q"),
+    ("L0.attn.z[3]", "L1.attn.z[0]", "k"),
+    ("L0.attn.z[3]", "L1.attn.z[0]", "v"),
+    ("embed", "L2.attn.z[2]", "q"),
+    ("L1.attn.z[0]", "L2.attn.z[2]", "q"),
+    ("embed", "L2.attn.z[2]", "k"),
+    ("embed", "L2.attn.z[2]", "v"),
+    ("L2.attn.z[2]", "logits", ""),
 ]
 
 
