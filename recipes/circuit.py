@@ -7,8 +7,8 @@ circuit-ioi: "When Ada and Bea went home , Bea gave a drink to" is followed by "
 Bea finds the first and marks the name as said twice; a head of layer 1 brings that mark to the end; the mover of
 layer 2 looks at both names, but away from the one that is marked, and copies what it sees.
 
-An edge is (writer, reader, input of the reader: q, k or v), heads written as sites ("L1.attn.z[1]"). Each edge is needed and there are no others: whatever else
-a component writes or reads is zero.
+An edge is (writer, reader, input of the reader: q, k or v), heads written as sites ("L1.attn.z[1]"). Each edge is
+needed and there are no others: whatever else a component writes or reads is zero.
 """
 
 from __future__ import annotations
