@@ -163,14 +163,8 @@ def _config(source: Source, settings: Mapping[str, Any]) -> Any:
 
 
 def _module(source: Source, config: Any, options: Mapping[str, Any]) -> nn.Module:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if has_images(config):
-        auto = transformers.AutoModelForImageTextToText
-    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        auto = transformers.AutoModelForCausalLM
-    else:
+    auto = _auto(config)
+    if auto is None:
         found = f"a {config.model_type} is neither a causal language model nor an image-text-to-text model"
         raise UnsupportedError(f"model '{source.name}'", found, "cutaway reads those two kinds")
     hf, report = auto.from_pretrained(
@@ -184,6 +178,22 @@ def _module(source: Source, config: Any, options: Mapping[str, Any]) -> nn.Modul
     )
     _require_complete(source, config, hf, report)
     return hf.eval()
+
+
+def _auto(config: Any) -> Any:
+    """What opens a configuration: an auto class, or the class it was saved as; None when it is of another kind."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    if has_images(config):
+        return transformers.AutoModelForImageTextToText
+    if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    # The language model of a larger one, saved alone (Mllama, Emu 3): the auto classes know the larger one only.
+    known = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    saved = next(iter(getattr(config, "architectures", None) or ()), "")
+    cls = getattr(transformers, saved) if any(saved in names.values() for names in known) else None
+    return cls if cls is not None and isinstance(config, cls.config_class) else None
 
 
 def _require_complete(source: Source, config: Any, hf: nn.Module, report: Mapping[str, Any]) -> None:

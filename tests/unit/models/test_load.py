@@ -107,6 +107,17 @@ def load_saved_in(original: Path, dtype: torch.dtype) -> Path:
     return half
 
 
+@pytest.mark.parametrize("name", ["MllamaForCausalLM", "Emu3ForCausalLM", "MixtralForCausalLM", "BambaForCausalLM"])
+def test_a_class_that_no_auto_class_knows_is_opened_as_it_was_saved(name: str, tmp_path: Path) -> None:
+    """The language models of Mllama and Emu 3, saved alone; and two whose weights are renamed when they are saved."""
+    made = tiny(name)
+    made.hf.save_pretrained(tmp_path)
+    opened = load(tmp_path)
+    assert type(opened.hf) is type(made.hf)
+    with torch.no_grad():
+        assert torch.equal(opened.hf(**made.inputs).logits, made.hf(**made.inputs).logits)
+
+
 def test_a_device_may_be_named(original: Path) -> None:
     assert load(original, device="cpu").device == torch.device("cpu")
 

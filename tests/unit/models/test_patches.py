@@ -163,14 +163,17 @@ def test_a_margin_that_is_cropped_away_has_no_patch(llava: Path) -> None:
     assert (float(grids[0].boxes[:, 0].min()), float(grids[0].boxes[:, 2].max())) == pytest.approx((35, 85), abs=1.6)
 
 
-def test_an_image_padded_to_a_square_has_empty_boxes_in_the_padding(llava: Path) -> None:
+@pytest.mark.parametrize("size", [(96, 40), (40, 96)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_an_image_padded_to_a_square_has_empty_boxes_in_the_padding(llava: Path, size: tuple[int, int]) -> None:
     model = variant(llava, do_pad=True)
-    assert check(model, (90, 40), blur=4) > 0
-    (grid,) = model.inputs(PROMPT, image=Image.new("RGB", (90, 40))).grids
-    heights = (grid.boxes[:, 3] - grid.boxes[:, 1]).reshape(4, 4)
-    assert (heights[0] == 0).all()
-    assert (heights[3] == 0).all()
-    assert heights.sum(dim=0).tolist() == pytest.approx([40] * 4)
+    assert check(model, size, blur=4) > 0
+    (grid,) = model.inputs(PROMPT, image=Image.new("RGB", size)).grids
+    short = int(size[0] > size[1])  # the axis along which the image was padded
+    lengths = (grid.boxes[:, 2 + short] - grid.boxes[:, short]).reshape(4, 4)
+    across = lengths if short else lengths.T
+    assert (across[0] == 0).all()
+    assert (across[3] == 0).all()
+    assert across.sum(dim=0).tolist() == pytest.approx([40] * 4)
 
 
 def test_a_class_token_in_front_is_no_patch(llava: Path) -> None:
