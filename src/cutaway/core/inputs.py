@@ -80,6 +80,11 @@ class Inputs:
         return [row.nonzero().flatten().tolist() for row in self.mask.cpu()]
 
     @property
+    def has_images(self) -> bool:
+        """Whether pixels, or features of an image, go in with the tokens."""
+        return any(isinstance(v, Tensor) and v.is_floating_point() for v in self.extra.values())
+
+    @property
     def padded(self) -> bool:
         """Whether any row has padding."""
         return not bool(self.mask.all())

@@ -2,7 +2,7 @@
 
 Each is a value ``(site, ...)`` with one function ``change(x, where) -> x`` of equal shape and dtype; ``x`` holds just
 the part that the site names (its heads or neurons, its positions), with all axes kept. Text forms, for the command line
-and for records: ``zero SITE`` · ``scale SITE 0.5`` · ``mean SITE`` (mean over the batch rows and positions of the call).
+and for records: ``zero SITE`` · ``scale SITE 0.5`` · ``mean SITE`` (mean over the rows and positions of the call).
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ from cutaway.core.trace import Trace
 
 
 class Where(NamedTuple):
-    """Where an intervention is being applied: the concrete site and the names of ``x``'s axes."""
+    """Where an intervention is being applied.
+
+    Attributes:
+        site: the concrete site. axes: the names of ``x``'s axes.
+        real: which entries stand for real tokens, broadcastable to ``x``; None when there is no padding among them.
+    """
 
     site: Site
     axes: tuple[str, ...]
+    real: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,22 +49,27 @@ class Intervention:
 
     def __call__(self, x: Tensor, where: Where) -> Tensor:
         """``change`` with its result checked. Raises InterventionError naming what came back."""
+        before = None if x.is_inference() else x._version
         new = self.change(x, where)
-        asked = f"intervention {self} at '{where.site}'"
+        asked = f"intervention '{self}' at '{where.site}'"
+        if before is not None and x._version != before:
+            raise InterventionError(asked, "it wrote into the activation it was given", "return a new tensor")
         if not isinstance(new, Tensor):
             raise InterventionError(asked, f"it returned {type(new).__name__}", "return a tensor")
-        if new.shape != x.shape or new.dtype != x.dtype:
-            found = f"it returned {list(new.shape)} {new.dtype} for {list(x.shape)} {x.dtype} {where.axes}"
-            raise InterventionError(asked, found, "return the same shape and dtype")
-        if not self.may_be_infinite(where) and not bool(torch.isfinite(new).all()) and bool(torch.isfinite(x).all()):
-            bad = int((~torch.isfinite(new)).sum())
-            raise InterventionError(asked, f"{bad} of {new.numel()} values are NaN or infinite", "check its arithmetic")
+        if new.shape != x.shape or new.dtype != x.dtype or new.device != x.device:
+            came, due = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (new, x))
+            axes = ", ".join(where.axes)
+            raise InterventionError(asked, f"it returned {came} for {due} ({axes})", "return the same shape and dtype")
+        bad = self._unusable(new, where)
+        if bool(bad.any()) and bool((bad := bad & torch.isfinite(x)).any()):
+            found = f"{int(bad.sum())} of {new.numel()} values are NaN or infinite"
+            raise InterventionError(asked, found, "check its arithmetic")
         return new
 
     @staticmethod
-    def may_be_infinite(where: Where) -> bool:
-        """Masked attention scores are infinite by nature; NaN shows in what follows them."""
-        return where.site.kind == "attn.scores"
+    def _unusable(new: Tensor, where: Where) -> Tensor:
+        """Masked attention scores are infinite by nature, all else is finite."""
+        return torch.isnan(new) if where.site.kind == "attn.scores" else ~torch.isfinite(new)
 
     def __str__(self) -> str:
         return f"{type(self).__name__.lower()} {self.site}"
@@ -117,7 +128,10 @@ class Scale(_WithValue):
 
 @dataclass(frozen=True, eq=False)
 class Mean(Intervention):
-    """x becomes ``value``, a mean taken elsewhere; without it the mean of x over its batch and position axes."""
+    """x becomes ``value``, a mean taken elsewhere; without it the mean of x over its batch and position axes.
+
+    Padding does not count; while generating, the mean is over what the call sees.
+    """
 
     value: Tensor | None = None
 
@@ -127,7 +141,11 @@ class Mean(Intervention):
         over = [
             i for i, axis in enumerate(where.axes) if axis in ("batch", "pos", "key_pos", "query_pos", "image_token")
         ]
-        return x.mean(dim=over, keepdim=True).expand_as(x).clone()
+        if where.real is None:
+            return x.mean(dim=over, keepdim=True).expand_as(x).clone()
+        real = where.real.to(x.device).expand_as(x)
+        total = torch.where(real, x, 0).sum(dim=over, keepdim=True)
+        return (total / real.sum(dim=over, keepdim=True)).to(x.dtype).expand_as(x).clone()
 
 
 @dataclass(frozen=True, eq=False)

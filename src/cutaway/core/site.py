@@ -77,8 +77,10 @@ class Items(tuple[tuple[int, int], ...]):
         return cls(found)
 
     @classmethod
-    def of(cls, values: int | slice | Iterable[int]) -> Items:
-        """Ranges covering ``values`` in the given order, neighbours joined."""
+    def of(cls, values: int | slice | Iterable[int] | Items) -> Items:
+        """Ranges covering ``values`` in the given order, neighbours joined; Items as they are."""
+        if isinstance(values, Items):
+            return values
         if isinstance(values, int):
             return cls([(values, values)])
         if isinstance(values, slice):
@@ -198,8 +200,8 @@ class Site:
         self,
         *,
         layer: int | None = None,
-        index: int | Sequence[int] | None = None,
-        positions: int | str | Sequence[int] | None = None,
+        index: int | Sequence[int] | Items | None = None,
+        positions: int | str | Sequence[int] | Items | None = None,
     ) -> Site:
         """This site at a layer, heads or neurons, or positions; what is not given stays."""
         site = self

@@ -15,8 +15,8 @@ from cutaway.core.intervention import Set, Zero
 from cutaway.core.metric import Metric
 from cutaway.core.site import KINDS
 from cutaway.core.trace import Trace
-from cutaway.models.handle import Model, is_transposed
-from cutaway.models.plan import Layer
+from cutaway.models.handle import Model
+from cutaway.models.plan import Layer, is_transposed
 
 if TYPE_CHECKING:
     from cutaway.results.table import Table
@@ -25,7 +25,7 @@ EXACT = 0.0
 CLOSE = 1e-5
 RESIDUAL = 1e-6
 GRADIENT = 2e-2
-STEPS = (1e-2, 1e-3, 3e-3, 1e-3, 3e-4)
+STEPS = (1e-2, 3e-3, 1e-3, 3e-4)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Examination:
     def findings(self) -> list[Finding]:
         """All findings, in the order of the checks."""
         checks: list[Callable[[], Iterator[Finding]]] = [
-            self.same_logits, self.residual, self.rows, self.values, self.readout, self.neuron, self.head, self.expert, self.gradient
+            self.same_logits, self.residual, self.rows, self.values, self.readout,
+            self.neuron, self.head, self.expert, self.gradient,
         ]  # fmt: skip
         return [finding for check in checks for finding in check()]
 

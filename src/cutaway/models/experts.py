@@ -1,7 +1,7 @@
 """Experts' insides.
 
-Neurons are seen by running transformers' own batched experts function on a stand-in that hands every attribute of the module through and
-lets us see, and change, what its gate gives.
+Neurons are seen by running transformers' own batched experts function on a stand-in that hands every attribute of the
+module through and lets us see, and change, what its gate gives.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run_experts(
 
     k = top_k_index.shape[-1]
     stand_in = _StandIn(module, lambda acts: change(acts.view(-1, k, acts.shape[-1])).reshape(acts.shape))
-    return batched_mm_experts_forward(stand_in, hidden, top_k_index, top_k_weights)  # type: ignore[arg-type]
+    return batched_mm_experts_forward(stand_in, hidden, top_k_index, top_k_weights)
 
 
 def scatter_gate(top_k_index: Tensor, top_k_weights: Tensor, n_experts: int) -> Tensor:

@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutaway.core.errors import InputError, ModelError, UnsupportedError, WeightsError
+from cutaway.core.errors import InputError, ModelError, UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Intervention, parse_intervention
 from cutaway.core.metric import Metric
-from cutaway.core.site import Site, SiteLike, parse_sites
+from cutaway.core.site import Site, SiteLike
 from cutaway.core.trace import Trace
 from cutaway.models.encode import Encoder
 from cutaway.models.plan import Anatomy, Layer
+from cutaway.models.plan import is_transposed as is_transposed
 from cutaway.models.probe import probe
-from cutaway.models.region import Window
+from cutaway.models.region import Window, window_of_call
+from cutaway.models.selfcheck import check_watched, random_numbers_kept
 from cutaway.models.sites import site_of_module
-from cutaway.models.watch import Stop, Watch
+from cutaway.models.watch import Done, Stop, Watch, asleep
 
 InterventionLike = Intervention | str
 
@@ -44,6 +46,7 @@ class Model:
         self.name = name or getattr(hf.config, "name_or_path", "") or type(hf).__name__
         self.encoder = Encoder(hf, processor)
         self._anatomy: Anatomy | None = None
+        self._saw_image = False
         self._digest: tuple[int, str] | None = None
         self._takes_cache = "use_cache" in inspect.signature(hf.forward).parameters
 
@@ -113,44 +116,39 @@ class Model:
             UnsupportedError: the structure is not understood, or watching changes the logits.
             WeightsError: weights are not finite.
         """
-        images = inputs is not None and bool(inputs.extra)
-        if self._anatomy is None or (images and "vision" not in self._anatomy.stacks):
-            sample = inputs if images and inputs is not None else self.encoder.sample()
-            known = self._anatomy
-            self._anatomy = probe(self.hf, self._kwargs(sample))
-            if known is None:
-                self._self_check(sample)
+        image = inputs is not None and inputs.has_images
+        if self._anatomy is None or (image and not self._saw_image):
+            sample = inputs if image and inputs is not None else self.encoder.sample()
+            known, self._saw_image = self._anatomy, image
+            try:
+                with asleep(self.hf):
+                    with random_numbers_kept(self.device):
+                        self._anatomy = probe(self.hf, self._kwargs(sample))
+                    check_watched(self, sample)
+            except BaseException:
+                self._anatomy, self._saw_image = known, False
+                raise
         return self._anatomy
 
-    def _self_check(self, sample: Inputs) -> None:
-        anatomy = self._anatomy
-        if anatomy is None:
-            return
-        with torch.no_grad():
-            plain = self.hf(**self._kwargs(sample)).logits
-        if not bool(torch.isfinite(plain).all()):
-            bad = next((n for n, p in self.hf.named_parameters() if not bool(torch.isfinite(p).all())), "")
-            found = (
-                f"{bad} holds NaN or infinite values" if bad else "its logits are not finite although its weights are"
-            )
-            raise WeightsError(f"model {self.name!r}", found, "load the weights again, or another dtype")
-        kinds = {k for layer in anatomy.stacks[""] for k in (*layer.read, "attn.z", "attn.q") if layer.has(k)}
-        watched = self.trace(sample, want=[f"L*.{k}" for k in sorted(kinds)]).logits
-        if watched is None or not torch.equal(watched, plain):
-            worst = float("nan") if watched is None else float((watched - plain).abs().max())
-            self._anatomy = None
-            raise UnsupportedError(
-                f"watch {type(self.hf).__name__}",
-                f"its logits change by {worst:.3g} when watched",
-                "run 'cutaway doctor'",
-            )
+    def _site(self, text: str) -> Site | None:
+        return site_of_module(text.strip(), self.anatomy()) if text.strip() in self._module_paths else None
+
+    def _sites(self, sites: SiteLike | Iterable[SiteLike]) -> Iterator[tuple[str, Site]]:
+        """Sites with the text that named them."""
+        if isinstance(sites, Site):
+            yield str(sites), sites
+        elif isinstance(sites, str):
+            for part in sites.split(","):
+                if part.strip():
+                    yield part.strip(), self._site(part) or Site.parse(part)
+        else:
+            for item in sites:
+                yield from self._sites(item)
 
     def expand(self, sites: SiteLike | Iterable[SiteLike], inputs: Inputs | None = None) -> list[Site]:
-        """The concrete sites (one layer each) that ``sites`` name in this model."""
+        """The concrete sites (one layer each) that ``sites`` name in this model; module paths are names too."""
         anatomy = self.anatomy(inputs)
-        if isinstance(sites, str) and sites.strip() in self._module_paths:
-            sites = site_of_module(sites.strip(), anatomy)
-        return [concrete for site in parse_sites(sites) for concrete in anatomy.expand(site, self.name)]
+        return [concrete for _, site in self._sites(sites) for concrete in anatomy.expand(site, self.name)]
 
     @cached_property
     def _module_paths(self) -> set[str]:
@@ -216,12 +214,17 @@ class Model:
         if missing:
             needs = "it did not run: the inputs bring no image" if not batch.extra else "it did not run in this pass"
             raise InputError(f"site '{missing[0]}'", needs, "give an image" if not batch.extra else "name another site")
-        n = len(watch.anatomy.stacks[""])
+        about: dict[str, Any] = {
+            "depths": {s: len(x) for s, x in watch.anatomy.stacks.items()},
+            "names": dict(self._sites(want)),
+        }
         if metric is None or logits is None:
-            return Trace(batch, watch.values, logits, n_layers=n)
-        return self._with_gradients(watch, batch, logits, metric, n)
+            return Trace(batch, watch.values, logits, **about)
+        return self._with_gradients(watch, batch, logits, metric, about)
 
-    def _with_gradients(self, watch: Watch, batch: Inputs, logits: Tensor, metric: Metric, n: int) -> Trace:
+    def _with_gradients(
+        self, watch: Watch, batch: Inputs, logits: Tensor, metric: Metric, about: dict[str, Any]
+    ) -> Trace:
         value = metric(logits, batch)
         raw = {site: tensor for site, (tensor, _) in watch.raw.items()}
         found = torch.autograd.grad(value.sum(), list(raw.values()), allow_unused=True)
@@ -230,28 +233,35 @@ class Model:
             for site, g in zip(raw, found, strict=True)
         }
         values = {site: x.detach() for site, x in watch.values.items()}
-        return Trace(batch, values, logits.detach(), grads, value.detach(), n_layers=n)
+        return Trace(batch, values, logits.detach(), grads, value.detach(), **about)
 
     def _do(
-        self, do: InterventionLike | Iterable[InterventionLike], inputs: Inputs | None = None
-    ) -> list[tuple[Site, Intervention]]:
+        self, do: InterventionLike | Iterable[InterventionLike], inputs: Inputs | None = None, growing: bool = False
+    ) -> list[Done]:
         items = [do] if isinstance(do, str | Intervention) else list(do)
         parsed = [parse_intervention(item) if isinstance(item, str) else item for item in items]
-        return [(site, item) for item in parsed for site in self.expand(item.site, inputs)]
+        return [Done(site, item, growing) for item in parsed for site in self.expand(item.at, inputs)]
 
     @contextmanager
-    def doing(self, do: InterventionLike | Iterable[InterventionLike]) -> Iterator[Model]:
-        """Interventions around any code that runs ``self.hf``, ``generate`` with its KV cache included.
+    def doing(self, do: InterventionLike | Iterable[InterventionLike], inputs: Inputs | None = None) -> Iterator[Model]:
+        """Interventions around any code of this thread that runs ``self.hf``, ``generate`` with its KV cache included.
 
         Positive positions count the real tokens from the start of each row; negative ones count from the end of what
-        each call sees, so ``@-1`` acts on every generated token.
+        each call sees, so ``@-1`` acts on every generated token. Blocks may be nested: the outer one acts first.
+
+        Args:
+            do: interventions, or their text forms.
+            inputs: inputs with an image, from which the vision tower is read if none was seen before.
         """
-        watch = Watch(self.hf, self.anatomy(), (), self._do(do), window=Window(None, [], growing=True))
+        done = self._do(do, inputs, growing=True)
+        watch = Watch(self.hf, self.anatomy(), (), done, window=Window(None, [], growing=True))
+        names = list(inspect.signature(self.hf.forward).parameters)
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watch.window = _window(args, kwargs)
+            if watch.on():
+                watch.window = window_of_call({**dict(zip(names, args, strict=False)), **kwargs})
 
-        handle = self.hf.register_forward_pre_hook(look, with_kwargs=True)
+        handle = self.hf.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
         try:
             with watch:
                 yield self
@@ -312,23 +322,3 @@ def weights_digest(name: str, weights: Mapping[str, Tensor]) -> str:
         whole = int(torch.hash_tensor(flat)) if flat.numel() else 0
         h.update(f"{key}{tuple(weight.shape)}{weight.dtype}{whole}".encode() + sample)
     return h.hexdigest()[:16]
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear module keeps its weight as [in, out] (GPT-2's Conv1D) and not [out, in]."""
-    return type(module).__name__ == "Conv1D"
-
-
-def _window(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Window:
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    seen = ids if ids is not None else kwargs.get("inputs_embeds")
-    if seen is None:
-        return Window(None, [], growing=True)
-    rows, length = seen.shape[:2]
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        real = [row.nonzero().flatten().tolist() for row in mask.cpu()]
-        return Window(None, real, start=mask.shape[1] - length, growing=True)
-    cache = kwargs.get("past_key_values")
-    start = int(cache.get_seq_length()) if cache is not None else 0
-    return Window(None, [list(range(start + length))] * rows, start=start, growing=True)

@@ -24,14 +24,14 @@ class Interface:
     def __init__(self, registry: Callable[[], Any]) -> None:
         self._registry = registry
         self._lock = threading.Lock()
-        self._handlers: dict[int, list[Handler]] = {}
+        self._handlers: dict[tuple[int, int], list[Handler]] = {}
 
     def _answer(self, implementation: str | None, default: Function) -> Function:
         registry = self._registry()
         native = type(registry).get_interface(registry, implementation, default)
 
         def watched(module: Any, *args: Any, **kwargs: Any) -> Any:
-            handlers = self._handlers.get(id(module))
+            handlers = self._handlers.get((threading.get_ident(), id(module)))
             if not handlers:
                 return native(module, *args, **kwargs)
             return handlers[-1](native, default, module, *args, **kwargs)
@@ -40,20 +40,22 @@ class Interface:
 
     @contextmanager
     def watch(self, handlers: Mapping[int, Handler]) -> Iterator[None]:
-        """While open, calls of the modules with these ids go through their handlers, the innermost first."""
+        """While open, calls that this thread makes of the modules with these ids go to their (innermost) handlers."""
         if not handlers:
             yield
             return
         registry = self._registry()
+        thread = threading.get_ident()
         with self._lock:
-            for key, handler in handlers.items():
-                self._handlers.setdefault(key, []).append(handler)
+            for module, handler in handlers.items():
+                self._handlers.setdefault((thread, module), []).append(handler)
             registry.get_interface = self._answer
         try:
             yield
         finally:
             with self._lock:
-                for key, handler in handlers.items():
+                for module, handler in handlers.items():
+                    key = thread, module
                     self._handlers[key].remove(handler)
                     if not self._handlers[key]:
                         del self._handlers[key]

@@ -48,7 +48,6 @@ class Attention:
     z_heads_first: bool = False
     flat: bool = False
     keys: Mapping[str, OpKey] = field(default_factory=dict)
-    scores_refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,11 @@ class Layer:
         return kind not in self.refused
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear module keeps its weight as [in, out] (GPT-2's Conv1D) and not [out, in]."""
+    return type(module).__name__ == "Conv1D"
+
+
 @dataclass(frozen=True)
 class Step:
     """One step from the last residual stream to the logits: a module, or a torch call with constants."""
@@ -103,7 +107,7 @@ class Step:
         func, args, kwargs = self.call
         result = func(*[x if i == self.slot else a for i, a in enumerate(args)], **kwargs)
         if not isinstance(result, Tensor):
-            raise RuntimeError(f"{getattr(func, '__name__', func)} gives no tensor")
+            raise TypeError(f"{getattr(func, '__name__', func)} gives no tensor")
         return result
 
 
@@ -117,6 +121,7 @@ class Anatomy:
         tail: steps from the last resid_post to the logits; empty when they could not be told.
         refused: reason per kind that is in no layer; "readout" for the tail.
         d_model: width of the language model's residual stream.
+        unread: scopes that the model has and that did not run, for want of an image.
     """
 
     stacks: Mapping[str, tuple[Layer, ...]]
@@ -124,14 +129,17 @@ class Anatomy:
     tail: tuple[Step, ...]
     refused: Mapping[str, str]
     d_model: int
+    unread: frozenset[str] = frozenset()
 
     def layers(self, scope: str, site: str = "") -> tuple[Layer, ...]:
         """The layers of a scope; SiteMissingError naming the scopes there are."""
         if scope not in self.stacks:
-            have = [f"'{s}/'" if s else "no prefix (the language model)" for s in self.stacks]
-            raise SiteMissingError(
-                f"site '{site}'", f"the model has no layers in scope {scope!r}", f"scopes: {', '.join(have)}"
-            )
+            have = ", ".join(f"'{s}/'" if s else "no prefix (the language model)" for s in self.stacks)
+            asked = f"site '{site}'"
+            if scope == "vision" and "vision" in self.unread:
+                found = "the vision tower was not read yet, which takes inputs with an image"
+                raise SiteMissingError(asked, found, "trace an image first, or call model.anatomy(inputs)")
+            raise SiteMissingError(asked, f"the model has no layers in scope {scope!r}", f"scopes: {have}")
         return self.stacks[scope]
 
     def expand(self, site: Site, name: str) -> list[Site]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cutaway.core.errors import UnsupportedError
-from cutaway.models.anatomy import MOVE, SAME, LayerGraph, idle_layer, read_layer
+from cutaway.models.anatomy import idle_layer, read_layer
+from cutaway.models.graph import MOVE, SAME, LayerGraph
 from cutaway.models.plan import Anatomy, Layer, Step, Tap
 from cutaway.models.recorder import Frame, Node, Recorder, tensors
 
@@ -140,16 +141,17 @@ class Probe:
                 steps.append(Step(path))
                 node = self.frames[path].inputs[0][1]
                 continue
-            nexts = [(i, a) for i, a in enumerate(node.call[1]) if isinstance(a, Tensor)] if node.call else []
+            call = node.call
+            nexts = [(i, a) for i, a in enumerate(call[1]) if isinstance(a, Tensor)] if call else []
             moving = [(i, self._known(node, a)) for i, a in nexts]
             moving = [(i, n) for i, n in moving if n.op != "leaf" or n.output_of or n.tensor is self.last]
-            if len(moving) != 1 or node.call is None:
+            if len(moving) != 1 or call is None:
                 return f"the way from the last residual stream to the logits branches at {node.op!r}"
             slot, source = moving[0]
             if source.shape == node.shape and node.op in SAME | {"__getitem__"}:
                 node = source  # a view or a slice that takes everything: it would fix the length of this run
                 continue
-            func, args, kw = node.call
+            func, args, kw = call
             steps.append(Step(call=(func, [None if i == slot else a for i, a in enumerate(args)], dict(kw)), slot=slot))
             node = source
         return self._proven(tuple(reversed(steps)), logits)
@@ -164,7 +166,7 @@ class Probe:
             try:
                 for step in steps:
                     x = step.run(self.hf, x)
-            except RuntimeError as error:
+            except (RuntimeError, TypeError) as error:
                 return f"its steps to the logits need the whole prompt ({str(error).splitlines()[0]})"
         if x.shape != logits[:, -1:].shape or not torch.allclose(x, logits[:, -1:], rtol=1e-3, atol=1e-4):
             return "its steps to the logits, taken for the last position alone, give other logits"
@@ -206,7 +208,8 @@ class Probe:
             taps["projector"] = self.projector
         else:
             refused["projector"] = self.why_no_projector if "vision" in self.stacks else "the model has no vision tower"
-        return Anatomy(stacks, taps, steps, refused, stacks[""][0].d_model)
+        unread = frozenset(self.stacks.keys() - stacks.keys())
+        return Anatomy(stacks, taps, steps, refused, stacks[""][0].d_model, unread)
 
 
 def _is_projector(path: str, stacks: Mapping[str, Sequence[str]]) -> bool:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class AttentionCall:
     """One call of an attention function: its module, its operands, its result."""
 
     module: str
-    how: str
+    how: Literal["interface", "sdpa", "inline"]
     q: Node
     k: Node
     v: Node

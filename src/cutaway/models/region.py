@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cutaway.core.errors import SiteMissingError, SiteRangeError
+from cutaway.core.errors import InputError, SiteMissingError, SiteRangeError
 from cutaway.core.inputs import Inputs
 from cutaway.core.site import KINDS, Items, Site
 
@@ -38,6 +39,19 @@ class Window:
     start: int = 0
     growing: bool = False
     _cache: dict[tuple[Items | str, int, int, str], list[list[int]] | None] = field(default_factory=dict)
+    _lenient: Window | None = None
+
+    def lenient(self) -> Window:
+        """This window for sites whose positions need not be there yet."""
+        if self._lenient is None:
+            self._lenient = self if self.growing else replace(self, growing=True, _cache={}, _lenient=None)
+        return self._lenient
+
+    def real_here(self, start: int, length: int) -> Tensor | None:
+        """[batch, length] whether each of the padded positions from ``start`` on is a real token; None when all are."""
+        rows = [set(row) for row in self.real]
+        real = torch.tensor([[p in row for p in range(start, start + length)] for row in rows], dtype=torch.bool)
+        return None if not rows or bool(real.all()) else real
 
     @property
     def batch(self) -> int:
@@ -74,6 +88,29 @@ class Window:
         return rows
 
 
+def window_of_call(call: Mapping[str, Any]) -> Window:
+    """What one forward call sees, from its arguments by name: its tokens, its mask and what its cache holds.
+
+    Raises InputError when the padding cannot be told from the mask.
+    """
+    seen = next((call[n] for n in ("input_ids", "inputs_embeds") if isinstance(call.get(n), Tensor)), None)
+    if seen is None:
+        return Window(None, [], growing=True)
+    rows, length = seen.shape[:2]
+    cache = call.get("past_key_values")
+    start = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+    mask = call.get("attention_mask")
+    if mask is None:
+        return Window(None, [list(range(start + length))] * rows, start=start, growing=True)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        kind = f"{mask.ndim}-dimensional" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise InputError(
+            "interventions around this call", f"its attention mask is {kind}", "give one [batch, pos] mask"
+        )
+    real = [row.nonzero().flatten().tolist() for row in mask.cpu()]
+    return Window(None, real, start=mask.shape[1] - length, growing=True)
+
+
 class Region:
     """The part of a canonical tensor that a concrete site names."""
 
@@ -107,6 +144,19 @@ class Region:
         )
         self._simple = self.rows is None and sum(not isinstance(s, slice) for s in selectors) <= 1
         self._shape = tuple(shape)
+        self._site, self._window, self._start = site, window, start
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which entries of the named part stand for real tokens, broadcastable to it; None when all do."""
+        if self.pos_axis is None or self._site.positions is not None or self._site.scope:
+            return None
+        real = self._window.real_here(self._start, self._shape[self.pos_axis])
+        if real is None:
+            return None
+        shape = [1] * len(self._shape)
+        shape[0], shape[self.pos_axis] = real.shape
+        return real.view(shape)
 
     def _index(self, device: torch.device) -> tuple[Selector, ...]:
         if self._simple:

@@ -1,15 +1,17 @@
 """Watch a forward pass: read and change the activations at chosen sites, then leave without a trace.
 
 A ``Watch`` groups what is wanted and what is done by place, puts one hook (or one handler) at each place that has
-something to do, and takes everything off again on exit, also after an exception.
+something to do, and takes everything off again on exit, also after an exception. It serves the thread that opened it.
+A watch opened inside another on the same module takes its interventions over and does them first.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +19,21 @@ from torch.overrides import TorchFunctionMode
 
 from cutaway.core.intervention import Intervention, Where
 from cutaway.core.site import KINDS, Site
-from cutaway.models.attention import SoftmaxProbe, additive_mask, plain_attention
-from cutaway.models.experts import gather_acts, gather_gate, run_experts, scatter_acts, scatter_gate
 from cutaway.models.interface import ATTENTION, EXPERTS
-from cutaway.models.plan import Anatomy, Attention, Layer, Tap
-from cutaway.models.recorder import OpKey, op_name, operand_rank
+from cutaway.models.plan import Anatomy, Tap
 from cutaway.models.region import Region, Window
+from cutaway.models.seers import ATTENTION_KINDS, AttentionSeer, ExpertsSeer, Owner
 
 Place = tuple[str, int, str]
 """(scope, layer or -1, kind): one tensor of the forward pass."""
-Done = tuple[Site, Intervention]
+
+
+class Done(NamedTuple):
+    """One intervention at one concrete site; ``growing`` when positions that are not there are no error."""
+
+    site: Site
+    intervention: Intervention
+    growing: bool = False
 
 
 class Stop(BaseException):
@@ -36,6 +43,32 @@ class Stop(BaseException):
 def place_of(site: Site) -> Place:
     """The tensor that a concrete site is part of."""
     return site.scope, site.layer if KINDS[site.kind].layered else -1, site.kind
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+_open: dict[tuple[int, int], list[Watch]] = defaultdict(list)
+"""Watches that are on, outermost first, by thread and root module."""
+
+
+@contextmanager
+def asleep(root: nn.Module) -> Iterator[None]:
+    """While open, what watches ``root`` in this thread neither reads nor changes anything."""
+    on = [watch for watch in _open.get((threading.get_ident(), id(root)), ()) if watch.awake]
+    for watch in on:
+        watch.awake = False
+    try:
+        yield
+    finally:
+        for watch in on:
+            watch.awake = True
+
+
+def intervened(root: nn.Module) -> bool:
+    """Whether interventions are on around ``root`` in this thread."""
+    return any(watch.does for watch in _open.get((threading.get_ident(), id(root)), ()))
 
 
 class Watch:
@@ -70,12 +103,14 @@ class Watch:
         self.does: dict[Place, list[Done]] = defaultdict(list)
         for site in want:
             self.wants[place_of(site)].append(site)
-        for site, intervention in do:
-            self.does[place_of(site)].append((site, intervention))
+        for done in do:
+            self.does[place_of(done.site)].append(done)
         self.values: dict[Site, Tensor] = {}
         self.raw: dict[Site, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
+        self.awake = True
+        self.modes: list[TorchFunctionMode] = []
         self._exits = ExitStack()
-        self._modes: list[TorchFunctionMode] = []
+        self._key = (threading.get_ident(), id(root))
 
     # -- one tensor passing by --------------------------------------------------------------------------------------
     def active(self, place: Place) -> bool:
@@ -86,33 +121,73 @@ class Watch:
         """Whether any of these is to be changed, or its gradient taken."""
         return any((scope, layer, k) in self.does or (self.attached and (scope, layer, k) in self.wants) for k in kinds)
 
+    def on(self) -> bool:
+        """Whether this call is for us: in our thread, and no watch inside us has taken over."""
+        return self.awake and threading.get_ident() == self._key[0]
+
     def see(
         self,
         place: Place,
         raw: Tensor,
-        to: Callable[[Tensor], Tensor] = lambda x: x,
-        back: Callable[[Tensor], Tensor] = lambda x: x,
+        to: Callable[[Tensor], Tensor] = _same,
+        back: Callable[[Tensor], Tensor] = _same,
         *,
         clone: bool = False,
         start: int | None = None,
     ) -> Tensor:
         """The tensor that goes on: ``raw`` itself unless something changes it.
 
-        ``to`` brings it to the site's axes and ``back`` undoes that; ``start`` is where its first position lies.
+        ``to`` brings it to the site's axes and ``back`` undoes that; ``start`` is where its first position lies;
+        ``clone`` says that later calls write over it.
         """
-        begin = self.window.start if start is None else start
+        raw = self.change(place, raw, to, back, clone=clone, start=start)
+        return self.read(place, raw, to, clone=clone, start=start)
+
+    def change(
+        self,
+        place: Place,
+        raw: Tensor,
+        to: Callable[[Tensor], Tensor] = _same,
+        back: Callable[[Tensor], Tensor] = _same,
+        *,
+        clone: bool = False,
+        start: int | None = None,
+    ) -> Tensor:
+        """``raw`` after the interventions at a place; a tensor that can bear a gradient where one is asked for."""
         if self.attached and place in self.wants and torch.is_grad_enabled() and not raw.requires_grad:
             raw = raw.detach().requires_grad_()
-        if place in self.does:
-            x = to(raw)
-            for site, intervention in self.does[place]:
-                region = Region(site, x.shape, self.window, begin)
-                if not region.empty:
-                    x = region.put(x, intervention(region.get(x), Where(site, KINDS[site.kind].axes)))
-            raw = back(x)
-        for site in self.wants.get(place, ()):
-            self._keep(site, raw, to, clone, begin)
-        return raw
+        if place not in self.does:
+            return raw
+        begin = self.window.start if start is None else start
+        x = to(raw)
+        for done in self.does[place]:
+            window = self.window.lenient() if done.growing else self.window
+            region = Region(done.site, x.shape, window, begin)
+            if not region.empty:
+                where = Where(done.site, KINDS[done.site.kind].axes, region.real)
+                x = region.put(x, self._changed(done.intervention, region.get(x), where))
+        new = back(x)
+        return new.clone() if clone else new
+
+    def _changed(self, intervention: Intervention, x: Tensor, where: Where) -> Tensor:
+        with asleep(self.root):  # an intervention that runs the model itself runs it bare
+            return intervention(x, where)
+
+    def read(
+        self,
+        place: Place,
+        raw: Tensor,
+        to: Callable[[Tensor], Tensor] = _same,
+        *,
+        clone: bool = False,
+        start: int | None = None,
+    ) -> Tensor:
+        """Keep what is wanted at a place; gives ``raw``, or a copy where keeping its graph needs it."""
+        if place not in self.wants:
+            return raw
+        for site in self.wants[place]:
+            self._keep(site, raw, to, clone, self.window.start if start is None else start)
+        return raw.clone() if clone and self.attached else raw
 
     def _keep(self, site: Site, raw: Tensor, to: Callable[[Tensor], Tensor], clone: bool, start: int) -> None:
         x = to(raw)
@@ -132,7 +207,9 @@ class Watch:
 
     # -- on and off ---------------------------------------------------------------------------------------------------
     def __enter__(self) -> Watch:
+        self._key = (threading.get_ident(), id(self.root))
         try:
+            self._take_over()
             self._install()
         except BaseException:
             self._exits.close()
@@ -140,9 +217,24 @@ class Watch:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        while self._modes:
-            self._modes.pop().__exit__(None, None, None)
+        while self.modes:
+            self.modes.pop().__exit__(None, None, None)
         self._exits.close()
+
+    def _take_over(self) -> None:
+        """Do what the watch around this one does, before our own, and let it sleep meanwhile."""
+        around = _open[self._key]
+        if around and around[-1].awake:
+            for place, others in around[-1].does.items():
+                self.does[place][:0] = [done._replace(growing=True) for done in others]
+        self._exits.enter_context(asleep(self.root))
+        around.append(self)
+        self._exits.callback(self._closed)
+
+    def _closed(self) -> None:
+        _open[self._key].remove(self)
+        if not _open[self._key]:
+            del _open[self._key]
 
     def _install(self) -> None:
         taps: dict[Tap, list[Place]] = defaultdict(list)
@@ -166,7 +258,7 @@ class Watch:
                     else:
                         self._owner(owners, layer.attention.module).attention = seer
                     if seer.chunked:
-                        self._hook_pre(layer.path, seer.reset)
+                        self._before(self.root.get_submodule(layer.path), lambda _, __, seer=seer: seer.reset())
                 if any(self.active((scope, i, k)) for k in ("expert.gate", "expert.act")):
                     experts[id(self.root.get_submodule(layer.experts))] = ExpertsSeer(self, scope, i, layer)
         for tap, places in taps.items():
@@ -181,11 +273,23 @@ class Watch:
         self._exits.enter_context(ATTENTION.watch(attention))
         self._exits.enter_context(EXPERTS.watch(experts))
 
-    def _register(self, handle: Any) -> None:
-        self._exits.callback(handle.remove)
+    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """``hook(args, kwargs)`` before the module runs."""
 
-    def _hook_pre(self, path: str, function: Callable[[], None]) -> None:
-        self._register(self.root.get_submodule(path).register_forward_pre_hook(lambda module, args: function()))
+        def ours(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return hook(args, kwargs) if self.on() else None
+
+        self._exits.callback(module.register_forward_pre_hook(ours, with_kwargs=True).remove)
+
+    def _after(
+        self, module: nn.Module, hook: Callable[[Any], Any], *, first: bool = False, always: bool = False
+    ) -> None:
+        """``hook(output)`` after the module ran; ``always`` also when it failed."""
+
+        def ours(_: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+            return hook(out) if self.on() else None
+
+        self._exits.callback(module.register_forward_hook(ours, prepend=first, always_call=always).remove)
 
     def _shape(self, place: Place) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
         """To the site's axes and back for tensors that lack the batch axis, or merge it with positions."""
@@ -197,37 +301,54 @@ class Watch:
             lambda x, like: x if x.ndim == like.ndim else x.reshape(like.shape),
         )
 
-    def _pass(self, places: Sequence[Place], x: Tensor, clone: bool) -> Tensor:
+    def changed(self, places: Sequence[Place], x: Tensor, clone: bool) -> Tensor:
+        """``x`` after what is done at these places, which share a tap."""
         for place in places:
             to, back = self._shape(place)
-            like = x
-            x = self.see(place, x, to, lambda y, like=like, back=back: back(y, like), clone=clone)  # type: ignore[misc]
+            x = self.change(place, x, to, lambda y, like=x, back=back: back(y, like), clone=clone)  # type: ignore[misc]
         return x
 
-    def _hook_in(self, tap: Tap, places: Sequence[Place]) -> None:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            by_name = isinstance(tap.slot, str)
-            x = kwargs[tap.slot] if by_name else args[tap.slot]  # type: ignore[index]
-            new = self._pass(places, x, tap.clone)
-            if new is x:
-                return None
-            if by_name:
-                return args, {**kwargs, tap.slot: new}  # type: ignore[dict-item]
-            return (*args[: tap.slot], new, *args[tap.slot + 1 :]), kwargs  # type: ignore[operator]
+    def kept(self, places: Sequence[Place], x: Tensor, clone: bool) -> Tensor:
+        """``x``, after what is wanted of it was kept."""
+        for place in places:
+            x = self.read(place, x, self._shape(place)[0], clone=clone)
+        return x
 
-        self._register(self.root.get_submodule(tap.module).register_forward_pre_hook(hook, with_kwargs=True))
+    def passed(self, places: Sequence[Place], x: Tensor, clone: bool) -> Tensor:
+        """``x`` after it was changed, then kept."""
+        return self.kept(places, self.changed(places, x, clone), clone)
+
+    def _hook_in(self, tap: Tap, places: Sequence[Place]) -> None:
+        slot = tap.slot
+
+        def hook(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if isinstance(slot, str):
+                new = self.passed(places, kwargs[slot], tap.clone)
+                named: dict[str, Any] = {**kwargs, slot: new}
+                return None if new is kwargs[slot] else (args, named)
+            at = slot or 0
+            new = self.passed(places, args[at], tap.clone)
+            return None if new is args[at] else ((*args[:at], new, *args[at + 1 :]), kwargs)
+
+        self._before(self.root.get_submodule(tap.module), hook)
 
     def _hook_out(self, tap: Tap, places: Sequence[Place]) -> None:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-            x = out if tap.slot is None else out[tap.slot]
-            new = self._pass(places, x, tap.clone)
+        slot = tap.slot
+
+        def replaced(out: Any, do: Callable[[Sequence[Place], Tensor, bool], Tensor]) -> Any:
+            x = out[slot] if isinstance(slot, int) else out
+            new = do(places, x, tap.clone)
             if new is x:
                 return None
-            return new if tap.slot is None else type(out)([*out[: tap.slot], new, *out[tap.slot + 1 :]])
+            return type(out)([*out[:slot], new, *out[slot + 1 :]]) if isinstance(slot, int) else new
 
-        # What we change must reach transformers' own capturing hooks too, so those come after ours.
-        first = any(self.changes(*place) for place in places)
-        self._register(self.root.get_submodule(tap.module).register_forward_hook(hook, prepend=first))
+        module = self.root.get_submodule(tap.module)
+        # What we change must reach the hooks that are there already, transformers' capturing ones among them; what we
+        # keep is what those hooks leave.
+        if any(self.changes(*place) for place in places):
+            self._after(module, lambda out: replaced(out, self.changed), first=True)
+        if any(place in self.wants for place in places):
+            self._after(module, lambda out: replaced(out, self.kept))
 
     def _hook_stop(self) -> None:
         scopes = {scope for scope, layer, _ in self.wants if layer >= 0}
@@ -236,33 +357,32 @@ class Watch:
         scope = "" if "" in scopes or not scopes else "vision"
         last = max((layer for s, layer, _ in self.wants if s == scope), default=0)
 
-        def leave(module: nn.Module, args: Any, out: Any) -> None:
+        def leave(out: Any) -> None:
             raise Stop
 
-        self._register(
-            self.root.get_submodule(self.anatomy.stacks[scope][max(last, 0)].path).register_forward_hook(leave)
-        )
+        self._after(self.root.get_submodule(self.anatomy.stacks[scope][max(last, 0)].path), leave)
 
     # -- torch calls in a module's own forward ------------------------------------------------------------------------
     def _owner(self, owners: dict[str, Owner], path: str) -> Owner:
         if path not in owners:
             owner = owners[path] = Owner(self)
             module = self.root.get_submodule(path)
-            self._register(module.register_forward_pre_hook(lambda m, a: self._push(owner)))
-            self._register(module.register_forward_hook(lambda m, a, o: self._pop()))
+            self._before(module, lambda args, kwargs: self._push(owner))
+            self._after(module, lambda out: self._pop(), always=True)
             for child in module.modules():
                 if child is not module and not isinstance(child, nn.ModuleList | nn.ModuleDict):
-                    self._register(child.register_forward_pre_hook(lambda m, a: owner.shift(1)))
-                    self._register(child.register_forward_hook(lambda m, a, o: owner.shift(-1)))
+                    self._before(child, lambda args, kwargs: owner.shift(1))
+                    self._after(child, lambda out: owner.shift(-1), always=True)
         return owners[path]
 
     def _push(self, owner: Owner) -> None:
         owner.begin()
-        self._modes.append(owner)
+        self.modes.append(owner)
         owner.__enter__()
 
     def _pop(self) -> None:
-        self._modes.pop().__exit__(None, None, None)
+        if self.modes:
+            self.modes.pop().__exit__(None, None, None)
 
 
 def _join(site: Site, earlier: Tensor | None, part: Tensor) -> Tensor:
@@ -276,202 +396,3 @@ def _join(site: Site, earlier: Tensor | None, part: Tensor) -> Tensor:
     whole = earlier.new_full((*earlier.shape[:2], q + part.shape[-2], k + part.shape[-1]), fill)
     whole[..., :q, :k], whole[..., q:, k:] = earlier, part
     return whole
-
-
-class Owner(TorchFunctionMode):
-    """See, and change, chosen torch calls of one module's own forward; its children are left out."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self.watch = watch
-        self.ops: dict[OpKey, list[tuple[Place, bool]]] = defaultdict(list)
-        self.attention: AttentionSeer | None = None
-        self._counts: Counter[tuple[str, int]] = Counter()
-        self._depth = 0
-
-    def begin(self) -> None:
-        """A new run of the module."""
-        self._counts.clear()
-        self._depth = 0
-        if self.attention is not None:
-            self.attention.reset()
-
-    def shift(self, by: int) -> None:
-        """A child begins (1) or ends (-1)."""
-        self._depth += by
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if self._depth:
-            return func(*args, **kwargs)
-        name = op_name(func)
-        rank = operand_rank(args, kwargs)
-        nth = self._counts[name, rank]
-        if rank:
-            self._counts[name, rank] += 1
-        if self.attention is not None:
-            out = self.attention.call(func, name, (name, rank, nth), list(args), kwargs)
-        else:
-            out = func(*args, **kwargs)
-        for key, places in self.ops.items():
-            if (key.name, key.rank, key.nth) == (name, rank, nth):
-                for place, clone in places:
-                    out = self.watch._pass([place], out, clone)
-        return out
-
-
-ATTENTION_KINDS = ("attn.q", "attn.k", "attn.v", "attn.scores", "attn.pattern", "attn.z")
-
-
-class AttentionSeer:
-    """Reads and changes the insides of one layer's attention, however the layer calls it."""
-
-    def __init__(self, watch: Watch, scope: str, layer: int, attention: Attention) -> None:
-        self.watch, self.scope, self.layer, self.attention = watch, scope, layer, attention
-        self.chunked = bool(scope) or attention.calls > 1
-        self.offset = 0
-
-    def reset(self) -> None:
-        """A new run of the layer: its calls (vision towers may attend chunk by chunk) count from the first position."""
-        self.offset = 0
-
-    def _see(self, kind: str, x: Tensor, to: Any = lambda x: x, back: Any = lambda x: x, key: bool = False) -> Tensor:
-        place = (self.scope, self.layer, f"attn.{kind}")
-        if not self.watch.active(place):
-            return x
-        start = 0 if key or self.scope else self.watch.window.start
-        return self.watch.see(place, x, to, back, start=start + self.offset)
-
-    def _swap(self, kind: str, x: Tensor, key: bool = False) -> Tensor:
-        """For tensors whose heads come before positions: [batch, head, pos, d_head]."""
-        return self._see(kind, x, lambda t: t.transpose(1, 2), lambda t: t.transpose(1, 2), key)
-
-    def _wants(self, *kinds: str) -> bool:
-        return any(self.watch.active((self.scope, self.layer, f"attn.{k}")) for k in kinds)
-
-    def interface(
-        self,
-        native: Any,
-        own: Any,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """In place of the attention function that the module looked up."""
-        query, key, value = self._swap("q", query), self._swap("k", key, True), self._swap("v", value, True)
-        mask = args[0] if args else kwargs.pop("attention_mask", None)
-        if self._wants("scores", "pattern"):
-            probe = SoftmaxProbe(key.shape[-2], lambda x: self._see("scores", x), lambda x: self._see("pattern", x))
-            plain = native is own
-            eager_mask = mask if plain else additive_mask(module, mask, query, key, kwargs)
-            if plain or self.watch.changes(self.scope, self.layer, "attn.scores", "attn.pattern"):
-                with probe:
-                    out = own(module, query, key, value, eager_mask, **kwargs)
-            else:
-                out = native(module, query, key, value, mask, **kwargs)
-                with probe:
-                    own(module, query, key, value, eager_mask, **kwargs)
-        else:
-            out = native(module, query, key, value, mask, **kwargs)
-        z = self._swap("z", out[0]) if self.attention.z_heads_first else self._see("z", out[0])
-        if self.chunked:
-            self.offset += query.shape[2]
-        return (z, *out[1:])
-
-    def call(
-        self, func: Callable[..., Any], name: str, which: tuple[str, int, int], args: list[Any], kwargs: dict[str, Any]
-    ) -> Any:
-        """In place of one torch call of the attention module's own forward."""
-        if self.attention.style == "sdpa":
-            if name != "scaled_dot_product_attention":
-                return func(*args, **kwargs)
-            return self._sdpa(func, *args, **kwargs)
-        keys = {key[1:]: role for role, key in self.attention.keys.items()}
-        role = keys.get(which)
-        if role == "softmax":
-            return func(self._see("scores", args[0], *self._heads(args[0], False)), *args[1:], **kwargs)
-        if role == "qk":
-            return self._qk(func, args, kwargs)
-        if role == "pv":
-            pattern = self._see("pattern", args[0], *self._heads(args[0], False))
-            value = self._see("v", args[1], *self._heads(args[1], True), key=True)
-            z = func(pattern, value, *args[2:], **kwargs)
-            return self._see("z", z, *self._heads(z, True))
-        return func(*args, **kwargs)
-
-    def _heads(self, like: Tensor, swap: bool) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """To [batch, pos, head, d], or [batch, head, query, key], and back; ``like`` may merge batch and heads."""
-        rows, flat = self.watch.window.batch, like.ndim == 3
-
-        def to(x: Tensor) -> Tensor:
-            x = x.view(rows, -1, *x.shape[1:]) if flat else x
-            return x.transpose(1, 2) if swap else x
-
-        def back(x: Tensor) -> Tensor:
-            x = x.transpose(1, 2) if swap else x
-            return x.reshape(-1, *x.shape[2:]) if flat else x
-
-        return to, back
-
-    def _qk(self, func: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
-        names = [k for k in ("batch1", "batch2") if k in kwargs]
-        q, k = (kwargs[n] for n in names) if names else args[-2:]
-        to, back = self._heads(q, True)
-        q = self._see("q", q, to, back)
-        k = self._see("k", k, lambda x: to(x.transpose(-1, -2)), lambda x: back(x).transpose(-1, -2), key=True)
-        if names:
-            return func(*args, **{**kwargs, names[0]: q, names[1]: k})
-        return func(*args[:-2], q, k, **kwargs)
-
-    def _sdpa(self, func: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        query, key, value = self._swap("q", query), self._swap("k", key, True), self._swap("v", value, True)
-        if not self._wants("scores", "pattern"):
-            return self._swap("z", func(query, key, value, *args, **kwargs))
-        probe = SoftmaxProbe(key.shape[-2], lambda x: self._see("scores", x), lambda x: self._see("pattern", x))
-        if self.watch.changes(self.scope, self.layer, "attn.scores", "attn.pattern"):
-            with probe:
-                z = plain_attention(query, key, value, *args, **kwargs)
-        else:
-            z = func(query, key, value, *args, **kwargs)
-            with probe:
-                plain_attention(query, key, value, *args, **kwargs)
-        return self._swap("z", z)
-
-
-class ExpertsSeer:
-    """Reads and changes the routing weights and the neurons of one layer's experts."""
-
-    def __init__(self, watch: Watch, scope: str, layer: int, plan: Layer) -> None:
-        self.watch, self.scope, self.layer, self.plan = watch, scope, layer, plan
-
-    def __call__(
-        self, native: Any, own: Any, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor
-    ) -> Tensor:
-        """In place of the experts function that the module looked up."""
-        rows, n = self.watch.window.batch, self.plan.n_experts
-        split = lambda x: x.view(rows, -1, *x.shape[1:])  # noqa: E731
-        merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        gate_place, act_place = ((self.scope, self.layer, f"expert.{k}") for k in ("gate", "act"))
-        if self.watch.active(gate_place):
-            gate = scatter_gate(index, weights, n)
-            seen = self.watch.see(gate_place, gate, split, merge)
-            weights = gather_gate(index, seen) if self.watch.changes(*gate_place) else weights
-        if not self.watch.active(act_place):
-            out: Tensor = native(module, hidden, index, weights)
-            return out
-
-        def change(acts: Tensor) -> Tensor:
-            full = scatter_acts(index, acts, n)
-            seen = self.watch.see(act_place, full, split, merge)
-            return gather_acts(index, seen)
-
-        if self.watch.changes(*act_place):
-            return run_experts(module, hidden, index, weights, change)
-        out = native(module, hidden, index, weights)
-        run_experts(module, hidden, index, weights, change)
-        return out

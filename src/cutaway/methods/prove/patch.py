@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -154,11 +155,14 @@ def _cells(
     needs = HEADED if by == "head" else ("mlp.act",)
     if kind not in needs:
         raise ParameterError(f"by={by!r} with kind={kind!r}", "that kind has none", f"choose kind {' or '.join(needs)}")
-    size = min(anatomy.size(site) for site in whole)
+    sizes = {site.layer: anatomy.size(site) for site in whole}
+    if len(set(sizes.values())) > 1:
+        raise ParameterError(f"by={by!r} over layers {[*sizes]}", f"they have {[*sizes.values()]}", "name layers alike")
+    size = next(iter(sizes.values()))
     if by == "head":
         return [[site.at(index=h, positions=where) for h in range(size)] for site in whole], "head", tuple(range(size))
     edges = [round(i * size / min(blocks, size)) for i in range(min(blocks, size) + 1)]
-    spans = list(zip(edges, edges[1:], strict=False))
+    spans = list(pairwise(edges))
     names = tuple(f"{a}-{b - 1}" for a, b in spans)
     return [[site.at(index=range(a, b), positions=where) for a, b in spans] for site in whole], "neurons", names
 

@@ -1,0 +1,53 @@
+"""The check each model passes before anything is said of it: its logits do not change when it is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cutaway.core.errors import UnsupportedError, WeightsError
+from cutaway.core.inputs import Inputs
+
+if TYPE_CHECKING:
+    from cutaway.models.handle import Model
+
+
+@contextmanager
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """What runs inside draws from a copy of the random state, so that a model in training is none the wiser."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def check_watched(model: Model, sample: Inputs) -> None:
+    """Raises when watching changes the logits (UnsupportedError), or they are not finite (WeightsError)."""
+    with random_numbers_kept(model.device):
+        plain = model(sample)
+    _finite(model, plain, sample)
+    wants = []
+    for scope, layers in model.anatomy().stacks.items():
+        kinds = {k for layer in layers for k in (*layer.read, "attn.z", "attn.q") if layer.has(k)}
+        if not scope or sample.extra:
+            wants += [f"{scope}/L*.{k}" if scope else f"L*.{k}" for k in sorted(kinds)]
+    with random_numbers_kept(model.device):
+        watched = model.trace(sample, want=wants).logits
+    if watched is None or not bool(((watched == plain) | (watched.isnan() & plain.isnan())).all()):
+        worst = float("nan") if watched is None else float((watched - plain).abs().max())
+        name = type(model.hf).__name__
+        raise UnsupportedError(
+            f"watch {name}", f"its logits change by {worst:.3g} when watched", "run 'cutaway doctor'"
+        )
+
+
+def _finite(model: Model, logits: Tensor, sample: Inputs) -> None:
+    lined_up = logits.shape[:2] == sample.mask.shape
+    read = logits[sample.mask.bool().to(logits.device)] if lined_up else logits
+    if bool(torch.isfinite(read).all()):
+        return
+    bad = next((n for n, p in model.hf.named_parameters() if not bool(torch.isfinite(p).all())), "")
+    found = f"{bad} holds NaN or infinite values" if bad else "its logits are not finite although its weights are"
+    raise WeightsError(f"model {model.name!r}", found, "load the weights again, or another dtype")
