@@ -319,6 +319,6 @@ def weights_digest(name: str, weights: Mapping[str, Tensor]) -> str:
     for key, weight in weights.items():
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy().tobytes()
-        whole = int(torch.hash_tensor(flat)) if flat.numel() else 0
+        whole = int(torch.hash_tensor(flat).view(torch.int64)) if flat.numel() else 0
         h.update(f"{key}{tuple(weight.shape)}{weight.dtype}{whole}".encode() + sample)
     return h.hexdigest()[:16]
