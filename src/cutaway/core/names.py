@@ -19,11 +19,16 @@ TRANSFORMER_LENS: dict[str, str] = {
     "mlp.act": "blocks.{layer}.mlp.hook_post",
     "mlp.out": "blocks.{layer}.hook_mlp_out",
     "resid_post": "blocks.{layer}.hook_resid_post",
-    "final_norm": "ln_final.hook_normalized",
+    "final_norm": "ln_final.hook_out",
 }
-"""Template per site kind. With rotary embeddings, ours are its ``hook_rot_q`` and ``hook_rot_k``."""
+"""Template per site kind, of the bridge of TransformerLens 4. Where the same name means another tensor in one
+architecture: docs/concepts/names.md."""
 
-_ROTARY = {"hook_rot_q": "hook_q", "hook_rot_k": "hook_k"}
+AFTER_ROTARY: dict[str, str] = {
+    "attn.q": "blocks.{layer}.attn.hook_rot_q",
+    "attn.k": "blocks.{layer}.attn.hook_rot_k",
+}
+"""What ``attn.q`` and ``attn.k`` are called in models that rotate them: ``hook_q`` is there before the rotation."""
 
 
 def transformer_lens(kind: str, layer: int | None = None) -> str:
@@ -34,12 +39,8 @@ def transformer_lens(kind: str, layer: int | None = None) -> str:
 
 def from_transformer_lens(text: str) -> str:
     """Our text of a TransformerLens name, e.g. ``L3.attn.z``; '' when it is none."""
-    plain = text
-    for rotary, name in _ROTARY.items():
-        plain = plain.replace(rotary, name)
-    for kind, template in TRANSFORMER_LENS.items():
-        pattern = re.escape(template).replace(r"\{layer\}", r"(\d+)")
-        match = re.fullmatch(pattern, plain)
+    for kind, template in [*TRANSFORMER_LENS.items(), *AFTER_ROTARY.items()]:
+        match = re.fullmatch(re.escape(template).replace(r"\{layer\}", r"(\d+)"), text)
         if match:
             return f"L{match[1]}.{kind}" if match.groups() else kind
     return ""
