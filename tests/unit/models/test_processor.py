@@ -24,10 +24,12 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}IMAGE {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
 )
-VIDEO = [name for name, family in FAMILIES.items() if family.model.startswith(("SmolVLM", "Qwen", "InternVL"))]
+# transformers makes the tokenizer of Qwen 3.5 anew as byte-level BPE, which a tokenizer of whole words does not survive.
+WORDS = sorted(name for name in FAMILIES if not name.startswith("qwen3_5"))
+VIDEO = [name for name in WORDS if FAMILIES[name].model.startswith(("SmolVLM", "Qwen", "InternVL"))]
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=WORDS)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     save(request.param, folder)
@@ -213,7 +215,7 @@ def test_a_picture_of_any_shape_is_read_or_refused_in_one_sentence(
     name, folder = family
     model, picture = load(folder), Image.new("RGB", size)
     # Qwen's processor takes at most 200 times as long as wide; Pixtral's shrinks the short side to nothing.
-    if (name.startswith("qwen") and size == (1, 500)) or (name == "mistral3" and max(size) == 500):
+    if (name.startswith("qwen") and size == (1, 500)) or (name in ("mistral3", "pixtral") and max(size) == 500):
         with pytest.raises(
             ImageError, match=rf"1 image\(s\) of {size[0]}x{size[1]} pixels: the processor refused them"
         ):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -37,6 +38,7 @@ class Family:
     config: dict[str, Any] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     named: dict[str, str] = field(default_factory=dict)  # attribute of the tokenizer -> token
+    tower: dict[str, Any] | None = None  # another vision tower than the class's own
 
 
 CLIP = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
@@ -46,6 +48,10 @@ QWEN = {"patch_size": PATCH, "merge_size": 2, "size": {"shortest_edge": 16 * 16,
 QWEN_TOKENS = {
     "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
     "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+}  # fmt: skip
+PIXTRAL = {
+    "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "head_dim": 8, "image_size": SIDE, "patch_size": PATCH,
 }  # fmt: skip
 IDEFICS = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
 IDEFICS_OTHERS = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<video>", "\n", *ROW_COLUMN)
@@ -83,6 +89,25 @@ FAMILIES = {
     ),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration", "Qwen3VLProcessor", "Qwen2VLImageProcessor", QWEN, QWEN_TOKENS,
+    ),
+    "vipllava": Family(
+        "VipLlavaForConditionalGeneration", "LlavaProcessor", "LlavaImageProcessor", CLIP, {"image_token_id": "<image>"},
+        SELECT,
+    ),
+    "qwen3_vl_moe": Family(
+        "Qwen3VLMoeForConditionalGeneration", "Qwen3VLProcessor", "Qwen2VLImageProcessor", QWEN, QWEN_TOKENS,
+    ),
+    "qwen3_5": Family(
+        "Qwen3_5ForConditionalGeneration", "Qwen3VLProcessor", "Qwen2VLImageProcessor", QWEN, QWEN_TOKENS,
+    ),
+    "qwen3_5_moe": Family(
+        "Qwen3_5MoeForConditionalGeneration", "Qwen3VLProcessor", "Qwen2VLImageProcessor", QWEN, QWEN_TOKENS,
+    ),
+    "pixtral": Family(
+        "LlavaForConditionalGeneration", "PixtralProcessor", "PixtralImageProcessor",
+        {"size": {"longest_edge": SIDE}, "patch_size": PATCH}, {"image_token_id": "[IMG]"}, {"patch_size": PATCH},
+        {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}, ("[IMG_BREAK]", "[IMG_END]"),
+        tower=PIXTRAL,
     ),
     "llava_next": Family(
         "LlavaNextForConditionalGeneration", "LlavaNextProcessor", "LlavaNextImageProcessor",
@@ -131,13 +156,18 @@ def save(name: str, folder: Path, template: str | None = None) -> Any:
     import transformers
 
     family = FAMILIES[name]
-    made = tiny(family.model, "image-text-to-text", **family.config)
-    made.hf.save_pretrained(folder)
+    hf: Any = tiny(family.model, "image-text-to-text", **family.config).hf
+    if family.tower is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = hf.config.to_dict() | {"vision_config": family.tower}
+            hf = type(hf)(type(hf.config).from_dict(config)).eval()
+    hf.save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": family.processor}))
-    cls = _class(folder, made.hf.config)
+    cls = _class(folder, hf.config)
     images: Callable[..., Any] = getattr(transformers, family.images)
-    parts = {"image_processor": images(**family.image_settings), "tokenizer": tokenizer(family, made.hf.config)}
+    parts = {"image_processor": images(**family.image_settings), "tokenizer": tokenizer(family, hf.config)}
     if "video_processor" in cls.get_attributes():
         cls, parts["video_processor"] = without_video(cls), NoVideo(num_frames=8, fps=1)
     cls(**parts, **family.settings, chat_template=template).save_pretrained(folder)
-    return made.hf
+    return hf
