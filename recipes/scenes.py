@@ -48,9 +48,8 @@ def write(model: Any, tokenizer: Any, training: dict[str, Any], base: dict[str, 
     for kind in scenes.KINDS:
         picked = [(n, *world.exam(20, kind)[n]) for n in range(20)]
         number, _, asked = next((n, s, e) for n, s, e in picked if scenes.right(model, tokenizer, [(s, e)]) == 1.0)
-        shown.append(
-            {"prompt": asked.prompt, "answer": asked.answer, "image": f"Scenes(seed=0).exam(20, {kind!r})[{number}]"}
-        )
+        drawn = {"world": "Scenes(seed=0)", "kind": kind, "number": number}
+        shown.append({"prompt": asked.prompt, "answer": asked.answer, "image": drawn})
     publish.publish(
         "scenes",
         model,
@@ -72,6 +71,7 @@ def write(model: Any, tokenizer: Any, training: dict[str, Any], base: dict[str, 
             "patches": "one per cell of the 4 x 4 grid; image token p is row p // 4, column p % 4",
             "image tokens": "trained to read, by the input embeddings, half as their shape and half as their colour, "
             "or as 'empty'",
+            "image of an example": "Scenes(seed=0).exam(number + 1, kind)[number][0].image()",
             "questions": QUESTIONS,
             "colours": list(COLOURS),
         },

@@ -49,12 +49,14 @@ def answers(model: Any, tokenizer: Any, examples: Sequence[dict[str, Any]]) -> f
 def _exams() -> dict[str, Callable[[Any, Any], Figures]]:
     from cutaway.data import Labels, Town
 
-    from .making import labels, recall, town, tuned
+    from .making import labels, recall, scenes, town, tuned
 
     return {
         "town": lambda model, tokenizer: town.accuracies(model, tokenizer, Town()),
         "town-tuned": lambda model, tokenizer: tuned.accuracies(model, tokenizer, Town()),
         "labels": lambda model, tokenizer: labels.accuracies(model, tokenizer, Labels()),
+        "scenes": lambda model, processor: scenes.accuracies(model, processor.tokenizer),
+        "scenes-base": scenes.base_accuracies,
         "recall-1": recall.accuracies,
         "recall-2": recall.accuracies,
     }
