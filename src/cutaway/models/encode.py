@@ -148,6 +148,8 @@ class Encoder:
                 found = "the model was made without a tokenizer"
                 raise InputError(f"prompt {row[:40]!r}", found, "give token ids, or Model(hf, processor)")
             if template:
+                if not getattr(self.tokenizer, "chat_template", None):
+                    raise InputError("template=True", "the tokenizer has no chat template", "write the prompt out")
                 messages = [{"role": "user", "content": row}]
                 row = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer(row, add_special_tokens=not template)["input_ids"]

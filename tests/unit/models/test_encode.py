@@ -190,6 +190,11 @@ def test_text_needs_a_tokenizer(bare: Model) -> None:
         bare.inputs("Ada")
 
 
+def test_a_chat_template_must_be_there(model: Model) -> None:
+    with pytest.raises(InputError, match="the tokenizer has no chat template"):
+        model.inputs("on", template=True)
+
+
 def test_there_are_two_sides(model: Model) -> None:
     with pytest.raises(InputError, match="padding_side='middle'"):
         model.inputs("on", padding_side="middle")

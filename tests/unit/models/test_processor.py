@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}IMAGE {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
 )
-# transformers makes the tokenizer of Qwen 3.5 anew as byte-level BPE, which a tokenizer of whole words does not survive.
+# transformers makes the tokenizer of Qwen 3.5 anew as byte-level BPE, which one of whole words does not survive.
 WORDS = sorted(name for name in FAMILIES if not name.startswith("qwen3_5"))
 VIDEO = [name for name in WORDS if FAMILIES[name].model.startswith(("SmolVLM", "Qwen", "InternVL"))]
 

@@ -91,8 +91,8 @@ FAMILIES = {
         "Qwen3VLForConditionalGeneration", "Qwen3VLProcessor", "Qwen2VLImageProcessor", QWEN, QWEN_TOKENS,
     ),
     "vipllava": Family(
-        "VipLlavaForConditionalGeneration", "LlavaProcessor", "LlavaImageProcessor", CLIP, {"image_token_id": "<image>"},
-        SELECT,
+        "VipLlavaForConditionalGeneration", "LlavaProcessor", "LlavaImageProcessor", CLIP,
+        {"image_token_id": "<image>"}, SELECT,
     ),
     "qwen3_vl_moe": Family(
         "Qwen3VLMoeForConditionalGeneration", "Qwen3VLProcessor", "Qwen2VLImageProcessor", QWEN, QWEN_TOKENS,
