@@ -101,13 +101,12 @@ class LayerCall:
 
 @dataclass
 class Base:
-    """The base run: layer calls, the activations that were asked for, the logits, and how far changes reach."""
+    """The base run up to its last layer: layer calls, the activations asked for, and how far changes reach."""
 
     model: Model
     inputs: Inputs
     layers: list[LayerCall]
     values: dict[Site, Tensor]
-    logits: Tensor
     reach: Reach
 
     @property
@@ -119,7 +118,7 @@ class Base:
     def bytes(self) -> int:
         """Bytes of what the base run keeps."""
         kept = [t for c in self.layers for t in (c.pre, c.post, *(c.attended.tensors if c.attended else ()))]
-        return sum(t.numel() * t.element_size() for t in (*kept, *self.values.values(), self.logits))
+        return sum(t.numel() * t.element_size() for t in (*kept, *self.values.values()))
 
     def gap(self, layer: int) -> Tensor | None:
         """[pos, d_model] what the model itself adds between this layer and the next; None when nothing.
@@ -170,8 +169,9 @@ def record(model: Model, inputs: Inputs, want: Iterable[Site]) -> Base:
             _hook(exits, module, attention, i, plan, calls, outs)
             handlers[id(attention)] = _listener(i, attended, plan)
         exits.enter_context(ATTENTION.watch(handlers))
-        trace = model.trace(inputs, want=list(want))
-    if trace.logits is None or len(calls) < len(plans) or len(attended) < len(plans):
+        end = Site.parse(f"L{len(plans) - 1}.resid_post")
+        trace = model.trace(inputs, want=[*want, end], stop=True)
+    if len(calls) < len(plans) or len(attended) < len(plans):
         raise CannotReplayError("not every layer ran")
     for i, call in calls.items():
         call.attended = attended[i]
@@ -183,7 +183,7 @@ def record(model: Model, inputs: Inputs, want: Iterable[Site]) -> Base:
     for call in calls.values():
         take_rows(call.args, first, length)
         take_rows(call.kwargs, first, length)
-    return Base(model, inputs, [calls[i] for i in range(len(plans))], dict(trace.items()), trace.logits, reach)
+    return Base(model, inputs, [calls[i] for i in range(len(plans))], dict(trace.items()), reach)
 
 
 def _hook(

@@ -10,7 +10,7 @@ from cutaway.engine.share import worth_sharing
 from cutaway.models.handle import Model
 from cutaway.models.plan import Layer
 
-ENOUGH_ROWS = 2048
+ENOUGH_ROWS = 1024
 """Rows beyond which a matrix product gets no faster, so a walk holds no more even where the budget would."""
 STREAMS, NEURONS, HEADS = 10, 5, 6
 """Tensors alive at once per row of a layer, at most: residual streams, MLP activations, q k v and z."""

@@ -83,7 +83,7 @@ def replay(
     reason = "asked for" if plain else ""
     if not plain:
         try:
-            return _replayed(_prepare(model, batch, items, scored, budget), len(items), scored, progress)
+            return _replayed(_prepare(model, batch, items, scored, budget), len(items), progress)
         except CannotReplayError as error:
             reason = str(error)
         except UnsupportedError as error:
@@ -162,8 +162,8 @@ def _prepare(model: Model, inputs: Inputs, items: Sequence[Intervention], metric
     return _Sweep(base, walk, readout, walks, base.bytes + most + readout.bytes(max(map(len, walks), default=0)))
 
 
-def _replayed(sweep: _Sweep, n: int, metric: Metric, progress: bool) -> Replayed:
-    base = metric(sweep.base.logits, sweep.base.inputs)[0]
+def _replayed(sweep: _Sweep, n: int, progress: bool) -> Replayed:
+    base = sweep.readout(sweep.base.layers[-1].post[sweep.walk.reads][None])[0]
     values = base.expand(n).clone()
     for some in _bar(sweep.walks, f"replay ({sweep.peak >> 20} MiB)", progress):
         runs, rows = sweep.walk(some)
@@ -200,7 +200,7 @@ def _compare(model: Model, base: Base, walk: Walk, entries: Sequence[Entry], rea
     runs, rows = walk(probes)
     found = model.unembed(rows)
     at = list(reads)
-    plain = base.logits[0, at]
+    plain = model(base.inputs)[0, at]
     for run, logits in zip(runs, found, strict=True):
         exact = model.trace(base.inputs, do=probes[run].intervention).logits
         if exact is None:
