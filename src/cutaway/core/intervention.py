@@ -25,11 +25,13 @@ class Where(NamedTuple):
     Attributes:
         site: the concrete site. axes: the names of ``x``'s axes.
         real: which entries stand for real tokens, broadcastable to ``x``; None when there is no padding among them.
+        chunk: where ``x`` starts among the positions, in layers that attend chunk by chunk; None in others.
     """
 
     site: Site
     axes: tuple[str, ...]
     real: Tensor | None = None
+    chunk: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +77,16 @@ class Intervention:
         return f"{type(self).__name__.lower()} {self.site}"
 
 
+POSITION_AXES = ("pos", "query_pos", "key_pos")
+
+
 def _fitted(value: Tensor | float, x: Tensor, what: str, where: Where) -> Tensor:
     """``value`` on x's device and dtype, broadcast to its shape."""
     tensor = torch.as_tensor(value).to(x.device, x.dtype)
+    if where.chunk is not None and tensor.ndim == x.ndim:
+        for i, axis in enumerate(where.axes):
+            if axis in POSITION_AXES and tensor.shape[i] >= where.chunk + x.shape[i]:
+                tensor = tensor.narrow(i, where.chunk, x.shape[i])
     try:
         return tensor.expand(x.shape)
     except RuntimeError:
@@ -138,9 +147,10 @@ class Mean(Intervention):
     def change(self, x: Tensor, where: Where) -> Tensor:
         if self.value is not None:
             return _fitted(self.value, x, "mean", where).clone()
-        over = [
-            i for i, axis in enumerate(where.axes) if axis in ("batch", "pos", "key_pos", "query_pos", "image_token")
-        ]
+        if where.chunk is not None:
+            found = "this layer attends chunk by chunk, so that no place sees them all"
+            raise InterventionError(f"mean at '{where.site}'", found, "take the mean of a trace: Mean(site, value)")
+        over = [i for i, axis in enumerate(where.axes) if axis in ("batch", "image_token", *POSITION_AXES)]
         if where.real is None:
             return x.mean(dim=over, keepdim=True).expand_as(x).clone()
         real = where.real.to(x.device).expand_as(x)

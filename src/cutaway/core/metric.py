@@ -157,7 +157,8 @@ class Metric:
 
     def of(self, logits: Tensor) -> Tensor:
         """[rows] the metric of [rows, read, vocab] logits of the read positions."""
-        return FORMS[self.form].compute(logits.float(), self.ids, self.reference)
+        precise = logits if logits.dtype == torch.float64 else logits.float()
+        return FORMS[self.form].compute(precise, self.ids, self.reference)
 
     def __call__(self, logits: Tensor, inputs: Inputs) -> Tensor:
         """[batch] the metric of [batch, pos, vocab] logits of the prepared inputs."""

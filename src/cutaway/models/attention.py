@@ -47,6 +47,11 @@ def additive_mask(module: nn.Module, mask: Any, q: Tensor, k: Tensor, kwargs: Ma
 Change = Callable[[Tensor], Tensor]
 
 
+def same(x: Tensor) -> Tensor:
+    """``x``: the change that is none."""
+    return x
+
+
 class SoftmaxProbe(TorchFunctionMode):
     """See, and change, the scores and the pattern of the attention that runs inside.
 
@@ -56,7 +61,7 @@ class SoftmaxProbe(TorchFunctionMode):
 
     products = ("matmul", "bmm", "einsum", "__matmul__")
 
-    def __init__(self, n_key: int, on_scores: Change | None = None, on_pattern: Change | None = None) -> None:
+    def __init__(self, n_key: int, on_scores: Change = same, on_pattern: Change = same) -> None:
         super().__init__()
         self._n_key, self._on_scores, self._on_pattern = n_key, on_scores, on_pattern
         self.scores: Tensor | None = None
@@ -69,18 +74,15 @@ class SoftmaxProbe(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "softmax" and self.scores is None:
             x = args[0] if args else kwargs.pop("input")
-            scores = x[..., : self._n_key]
-            self.scores = scores if self._on_scores is None else self._on_scores(scores)
-            if self.scores is not scores:
-                x = (
-                    torch.cat([self.scores, x[..., self._n_key :]], dim=-1)
-                    if x.shape[-1] > self._n_key
-                    else self.scores
-                )
+            sinks = x[..., self._n_key :]
+            scores = x[..., : self._n_key] if sinks.shape[-1] else x
+            self.scores = self._on_scores(scores)
+            # What was seen is what goes on, so that gradients flow through it.
+            x = torch.cat([self.scores, sinks], dim=-1) if sinks.shape[-1] else self.scores
             return func(x, *args[1:], **kwargs)
         if name in self.products and self.scores is not None and self.pattern is None:
             at = 1 if name == "einsum" else 0
-            self.pattern = args[at] if self._on_pattern is None else self._on_pattern(args[at])
+            self.pattern = self._on_pattern(args[at])
             return func(*args[:at], self.pattern, *args[at + 1 :], **kwargs)
         return func(*args, **kwargs)
 

@@ -226,12 +226,7 @@ class Model:
         self, watch: Watch, batch: Inputs, logits: Tensor, metric: Metric, about: dict[str, Any]
     ) -> Trace:
         value = metric(logits, batch)
-        raw = {site: tensor for site, (tensor, _) in watch.raw.items()}
-        found = torch.autograd.grad(value.sum(), list(raw.values()), allow_unused=True)
-        grads = {
-            site: watch.raw[site][1](torch.zeros_like(raw[site]) if g is None else g).detach()
-            for site, g in zip(raw, found, strict=True)
-        }
+        grads = watch.gradients(value.sum())
         values = {site: x.detach() for site, x in watch.values.items()}
         return Trace(batch, values, logits.detach(), grads, value.detach(), **about)
 

@@ -182,3 +182,19 @@ class Region:
         new = x.clone()
         new[self._index(x.device)] = part
         return new
+
+
+def joined(site: Site, earlier: Tensor | None, part: Tensor, unseen: float = -torch.inf) -> Tensor:
+    """What the chunks of one attention saw so far: positions one after the other, patterns along the diagonal.
+
+    ``unseen`` stands between chunks in scores; a pattern is 0 there.
+    """
+    if earlier is None:
+        return part
+    if site.kind not in ("attn.scores", "attn.pattern"):
+        return torch.cat([earlier, part], dim=1)
+    q, k = earlier.shape[-2:]
+    fill = unseen if site.kind == "attn.scores" else 0.0
+    whole = earlier.new_full((*earlier.shape[:2], q + part.shape[-2], k + part.shape[-1]), fill)
+    whole[..., :q, :k], whole[..., q:, k:] = earlier, part
+    return whole

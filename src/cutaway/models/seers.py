@@ -85,7 +85,8 @@ class AttentionSeer:
         if not self.watch.active(place):
             return x
         start = 0 if self.scope else self._first_key if key else self.watch.window.start
-        return self.watch.see(place, x, to, back, start=start + self.offset)
+        chunk = self.offset if self.attention.calls > 1 else None
+        return self.watch.see(place, x, to, back, start=start + self.offset, chunk=chunk)
 
     def _swap(self, kind: str, x: Tensor, key: bool = False) -> Tensor:
         """For tensors whose heads come before positions: [batch, head, pos, d_head]."""

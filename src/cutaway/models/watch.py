@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from cutaway.core.intervention import Intervention, Where
 from cutaway.core.site import KINDS, Site
+from cutaway.models.attention import Change, same
 from cutaway.models.interface import ATTENTION, EXPERTS
 from cutaway.models.plan import Anatomy, Tap
-from cutaway.models.region import Region, Window
+from cutaway.models.region import Region, Window, joined
 from cutaway.models.seers import ATTENTION_KINDS, AttentionSeer, ExpertsSeer, Owner
 
 Place = tuple[str, int, str]
@@ -43,10 +44,6 @@ class Stop(BaseException):
 def place_of(site: Site) -> Place:
     """The tensor that a concrete site is part of."""
     return site.scope, site.layer if KINDS[site.kind].layered else -1, site.kind
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 _open: dict[tuple[int, int], list[Watch]] = defaultdict(list)
@@ -106,13 +103,12 @@ class Watch:
         for done in do:
             self.does[place_of(done.site)].append(done)
         self.values: dict[Site, Tensor] = {}
-        self.raw: dict[Site, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
+        self.raw: dict[Site, list[tuple[Tensor, Callable[[Tensor], Tensor]]]] = {}
         self.awake = True
         self.modes: list[TorchFunctionMode] = []
         self._exits = ExitStack()
         self._key = (threading.get_ident(), id(root))
 
-    # -- one tensor passing by --------------------------------------------------------------------------------------
     def active(self, place: Place) -> bool:
         """Whether anything is to be read or changed there."""
         return place in self.wants or place in self.does
@@ -129,33 +125,35 @@ class Watch:
         self,
         place: Place,
         raw: Tensor,
-        to: Callable[[Tensor], Tensor] = _same,
-        back: Callable[[Tensor], Tensor] = _same,
+        to: Change = same,
+        back: Change = same,
         *,
         clone: bool = False,
         start: int | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """The tensor that goes on: ``raw`` itself unless something changes it.
 
         ``to`` brings it to the site's axes and ``back`` undoes that; ``start`` is where its first position lies;
-        ``clone`` says that later calls write over it.
+        ``clone`` says that later calls write over it, ``chunk`` where it starts when it comes in several parts.
         """
-        raw = self.change(place, raw, to, back, clone=clone, start=start)
+        raw = self.change(place, raw, to, back, clone=clone, start=start, chunk=chunk)
         return self.read(place, raw, to, clone=clone, start=start)
 
     def change(
         self,
         place: Place,
         raw: Tensor,
-        to: Callable[[Tensor], Tensor] = _same,
-        back: Callable[[Tensor], Tensor] = _same,
+        to: Change = same,
+        back: Change = same,
         *,
         clone: bool = False,
         start: int | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """``raw`` after the interventions at a place; a tensor that can bear a gradient where one is asked for."""
-        if self.attached and place in self.wants and torch.is_grad_enabled() and not raw.requires_grad:
-            raw = raw.detach().requires_grad_()
+        if self.attached and place in self.wants and torch.is_grad_enabled():
+            raw = self._alias(raw, clone)
         if place not in self.does:
             return raw
         begin = self.window.start if start is None else start
@@ -164,10 +162,17 @@ class Watch:
             window = self.window.lenient() if done.growing else self.window
             region = Region(done.site, x.shape, window, begin)
             if not region.empty:
-                where = Where(done.site, KINDS[done.site.kind].axes, region.real)
+                where = Where(done.site, KINDS[done.site.kind].axes, region.real, chunk)
                 x = region.put(x, self._changed(done.intervention, region.get(x), where))
         new = back(x)
         return new.clone() if clone else new
+
+    @staticmethod
+    def _alias(raw: Tensor, clone: bool) -> Tensor:
+        """A tensor of our own for what goes on from here: others that read ``raw`` have no part in its gradient."""
+        if not raw.requires_grad:
+            return (raw.detach().clone() if clone else raw.detach()).requires_grad_()
+        return raw.clone() if clone else raw.view_as(raw)
 
     def _changed(self, intervention: Intervention, x: Tensor, where: Where) -> Tensor:
         with asleep(self.root):  # an intervention that runs the model itself runs it bare
@@ -177,7 +182,7 @@ class Watch:
         self,
         place: Place,
         raw: Tensor,
-        to: Callable[[Tensor], Tensor] = _same,
+        to: Change = same,
         *,
         clone: bool = False,
         start: int | None = None,
@@ -194,16 +199,26 @@ class Watch:
         region = Region(site, x.shape, self.window, start)
         if region.empty:
             return
-        part = region.get(x)
+        part, more = region.get(x), start > self.window.start
         if self.attached:
-            self.raw[site] = (raw, lambda g: region.get(to(g)))
+            earlier = self.raw.get(site, []) if more else []
+            self.raw[site] = [*earlier, (raw, lambda g: region.get(to(g)))]
         else:
             part = part.detach()
             if clone or (not region.whole and part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()):
                 part = part.clone()  # a view would keep the whole tensor alive, or be written over
         if self.device is not None or self.dtype is not None:
             part = part.to(device=self.device or part.device, dtype=self.dtype or part.dtype)
-        self.values[site] = _join(site, self.values.get(site), part) if start > self.window.start else part
+        self.values[site] = joined(site, self.values.get(site), part) if more else part
+
+    def gradients(self, of: Tensor) -> dict[Site, Tensor]:
+        """The gradient of a number at each site; 0 where it does not depend on it."""
+        parts = [(site, raw, to) for site, seen in self.raw.items() for raw, to in seen]
+        found = torch.autograd.grad(of, [raw for _, raw, _ in parts], allow_unused=True)
+        grads: dict[Site, Tensor] = {}
+        for (site, raw, to), g in zip(parts, found, strict=True):
+            grads[site] = joined(site, grads.get(site), to(torch.zeros_like(raw) if g is None else g).detach(), 0.0)
+        return grads
 
     # -- on and off ---------------------------------------------------------------------------------------------------
     def __enter__(self) -> Watch:
@@ -383,16 +398,3 @@ class Watch:
     def _pop(self) -> None:
         if self.modes:
             self.modes.pop().__exit__(None, None, None)
-
-
-def _join(site: Site, earlier: Tensor | None, part: Tensor) -> Tensor:
-    """What the chunks of one attention saw so far: positions one after the other, patterns along the diagonal."""
-    if earlier is None:
-        return part
-    if site.kind not in ("attn.scores", "attn.pattern"):
-        return torch.cat([earlier, part], dim=1)
-    q, k = earlier.shape[-2:]
-    fill = -torch.inf if site.kind == "attn.scores" else 0.0
-    whole = earlier.new_full((*earlier.shape[:2], q + part.shape[-2], k + part.shape[-1]), fill)
-    whole[..., :q, :k], whole[..., q:, k:] = earlier, part
-    return whole
