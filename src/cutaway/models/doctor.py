@@ -11,12 +11,12 @@ from torch import Tensor
 
 from cutaway.core.errors import CutawayError
 from cutaway.core.inputs import Inputs
-from cutaway.core.intervention import Set, Zero
+from cutaway.core.intervention import Apply, Set, Zero
 from cutaway.core.metric import Metric
 from cutaway.core.site import KINDS
 from cutaway.core.trace import Trace
 from cutaway.models.handle import Model
-from cutaway.models.plan import Layer, is_transposed
+from cutaway.models.plan import Anatomy, Layer, is_transposed
 
 if TYPE_CHECKING:
     from cutaway.results.table import Table
@@ -90,7 +90,7 @@ class Examination:
     def findings(self) -> list[Finding]:
         """All findings, in the order of the checks."""
         checks: list[Callable[[], Iterator[Finding]]] = [
-            self.same_logits, self.residual, self.rows, self.values, self.readout,
+            self.same_logits, self.written_back, self.residual, self.rows, self.values, self.readout,
             self.neuron, self.head, self.expert, self.gradient,
         ]  # fmt: skip
         return [finding for check in checks for finding in check()]
@@ -101,6 +101,20 @@ class Examination:
         watched = self.trace.logits
         error = float("nan") if watched is None else float((watched - self.plain).abs().max())
         yield Finding("watched logits == unwatched logits", error, EXACT, len(self.trace))
+
+    def written_back(self) -> Iterator[Finding]:
+        """Writing every pattern back as it is leaves the logits: our way through attention is the model's."""
+        sites = [
+            f"{prefix}L*.attn.pattern"
+            for prefix, layers in self._stacks()
+            if any(x.has("attn.pattern") for x in layers)
+        ]
+        if sites:
+            logits = self.model.trace(
+                self.inputs, do=[Apply(site, lambda x, where: x.clone()) for site in sites]
+            ).logits
+            error = float("nan") if logits is None else relative(logits, self.plain)
+            yield Finding("logits with patterns written back == logits", error, CLOSE * self.loose, len(sites))
 
     def residual(self) -> Iterator[Finding]:
         """resid_pre + attn.out + mlp.out == resid_post, through the layer's norms where it has them after the sums."""
@@ -217,7 +231,12 @@ class Examination:
             if trace.grads is not None:
                 draw = torch.Generator().manual_seed(0)
                 # Rectifiers and routers have kinks: one of several draws must meet a smooth stretch.
-                errors.append(min(self._slope(site, trace, metric, step, draw) for step in STEPS))
+                best = float("inf")
+                for step in STEPS:
+                    best = min(best, self._slope(site, trace, metric, step, draw))
+                    if best <= GRADIENT:
+                        break
+                errors.append(best)
         if errors:
             yield Finding("gradient == finite difference", max(errors), GRADIENT, len(errors))
 
@@ -266,13 +285,15 @@ def examine(model: Model, inputs: Inputs | None = None) -> list[Finding]:
 def doctor(model: Model, inputs: Inputs | None = None) -> Table:
     """A table of the claims that hold of a model and those that do not, with measured errors and tolerances.
 
-    The checks: watched logits equal unwatched ones; the residual identity; pattern rows; pattern @ v == z; the readout;
-    ablating a neuron, a head or an expert against its weights; a gradient against a finite difference.
+    The checks: watched logits equal unwatched ones, also with every pattern written back; the residual identity;
+    pattern rows; pattern @ v == z; the readout; ablating a neuron, a head or an expert against its weights; a gradient
+    against a finite difference.
     """
     from cutaway.results.table import Table
 
     found = examine(model, inputs)
-    refused = sorted({f"{k}: {why}" for layer in model.layers for k, why in layer.refused.items() if k != "sae"})
+    anatomy = model.anatomy(inputs)
+    refused = sorted(f"{site}: {why}" for site, why in refusals(anatomy, "vision" in anatomy.stacks).items())
     return Table(
         title=f"doctor: {model.name} ({type(model.hf).__name__}, {model.dtype})",
         columns={
@@ -285,6 +306,25 @@ def doctor(model: Model, inputs: Inputs | None = None) -> Table:
         },
         notes=tuple(f"refused: {line}" for line in refused),
     )
+
+
+def refusals(anatomy: Anatomy, image: bool) -> dict[str, str]:
+    """Reason per refused site, leaving out what the structure cannot have.
+
+    Left out: experts where there are none, resid_mid in parallel blocks, mlp.act in mixtures of experts (expert.act is
+    there), dictionaries, and the vision side of models that take no image.
+    """
+    found: dict[str, str] = {k: v for k, v in anatomy.refused.items() if k != "sae" and (image or k != "projector")}
+    for scope, layers in anatomy.stacks.items():
+        for layer in layers:
+            absent = {"sae"} | ({"resid_mid"} if layer.parallel else set())
+            absent |= {"mlp.in", "mlp.act"} if layer.experts else {"expert.gate", "expert.act"}
+            for kind, why in layer.refused.items():
+                if kind not in absent:
+                    found.setdefault(f"{scope}/{kind}" if scope else kind, why)
+    if image and "vision" not in anatomy.stacks:
+        found["vision/"] = "no layers of a vision tower were found"
+    return found
 
 
 def sentence(error: BaseException) -> str:

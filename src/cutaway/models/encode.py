@@ -263,7 +263,7 @@ class Encoder:
         return self._named(ids, mask, features, images)
 
     def sample(self) -> Inputs:
-        """A few tokens, enough to run the model once; a prime number that no head count is, so that axes are told apart."""
+        """A few tokens, enough to run the model once; as many as no model has heads, so that axes are told apart."""
         n = 13
         avoid = self.special_ids | self.image_ids
         ids = [i for i in range(3, min(self.vocabulary_size, 4096)) if i not in avoid][:n]

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from cutaway.core.errors import CutawayError
 from cutaway.core.progress import track
-from cutaway.models.doctor import examine, sentence
+from cutaway.models.doctor import examine, refusals, sentence
 from cutaway.models.handle import Model
-from cutaway.models.plan import Anatomy
 from cutaway.models.tiny import architectures, tiny
 
 Status = Literal["verified", "partly", "cannot be built"]
@@ -46,25 +45,6 @@ class Support:
             "refused": dict(self.refused),
             "error": self.error or failed,
         }
-
-
-def refusals(anatomy: Anatomy, image: bool) -> dict[str, str]:
-    """Reason per refused site, leaving out what the structure cannot have.
-
-    Left out: experts where there are none, resid_mid in parallel blocks, mlp.act in mixtures of experts (expert.act is
-    there), dictionaries, and the vision side of models that take no image.
-    """
-    found: dict[str, str] = {k: v for k, v in anatomy.refused.items() if k != "sae" and (image or k != "projector")}
-    for scope, layers in anatomy.stacks.items():
-        for layer in layers:
-            absent = {"sae"} | ({"resid_mid"} if layer.parallel else set())
-            absent |= {"mlp.in", "mlp.act"} if layer.experts else {"expert.gate", "expert.act"}
-            for kind, why in layer.refused.items():
-                if kind not in absent:
-                    found.setdefault(f"{scope}/{kind}" if scope else kind, why)
-    if image and "vision" not in anatomy.stacks:
-        found["vision/"] = "no layers of a vision tower were found"
-    return found
 
 
 def examine_class(class_name: str, task: str) -> Support:
