@@ -67,7 +67,7 @@ def seen(name: str) -> Seen:
     model = Model(hf, name=name)
     theirs = load_file(FOLDER / f"{name}.safetensors")
     want = [text for text in theirs if from_transformer_lens(text) and not missing(model, text)]
-    return Seen(model, theirs, model.trace(ids, want=want))
+    return Seen(model, theirs, model.trace(ids, want=[*want, "L*.attn.q", "L*.attn.k"]))
 
 
 def missing(model: Model, text: str) -> bool:
