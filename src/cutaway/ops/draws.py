@@ -1,0 +1,148 @@
+"""Random components to compare named ones with, matched by layer and kind; and the proof that follows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cutaway.core.errors import ParameterError
+from cutaway.core.proof import Proof
+from cutaway.ops.ablation import Ablation
+from cutaway.ops.units import WHOLE, Family, Unit
+from cutaway.ops.watched import WatchedModel
+
+ROOM = 3  # components that there must be for each that is named
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All components of one family in a model.
+
+    Attributes:
+        family: kind, whether inside a head, whether by source position.
+        shapes: per layer that has them: heads, neurons or experts; channels or neurons inside; source positions.
+    """
+
+    family: Family
+    shapes: dict[int, tuple[int, int, int]]
+
+    @staticmethod
+    def of(model: WatchedModel, family: Family, n_positions: int) -> Pool:
+        """The pool of a family in a prompt of so many positions."""
+        kind, inside, by_source = family
+        shapes = {}
+        for i, plan in enumerate(model.layers):
+            if plan.has(kind):
+                first, second = 1, 1
+                if kind == "attn.z":
+                    first, second = plan.attention.heads, plan.attention.d_value if inside else 1
+                elif kind == "mlp.act":
+                    first = plan.d_mlp
+                elif kind == "expert.act":
+                    first, second = plan.n_experts, plan.d_expert
+                shapes[i] = (first, second, n_positions if by_source else 1)
+        return Pool(family, shapes)
+
+    def __len__(self) -> int:
+        return sum(a * b * c for a, b, c in self.shapes.values())
+
+    def unit(self, layer: int, number: int) -> Unit:
+        """The component of that number in a layer."""
+        kind, inside, by_source = self.family
+        _, second, sources = self.shapes[layer]
+        rest, source = divmod(number, sources)
+        index, inner = divmod(rest, second)
+        return Unit(
+            kind,
+            layer,
+            -1 if kind in WHOLE else index,
+            inner if inside or kind == "expert.act" else -1,
+            source if by_source else -1,
+        )
+
+    def draw(self, named: Sequence[Unit], avoid: set[Unit], generator: torch.Generator) -> list[Unit]:
+        """As many others as are named, of the same layers where those have others left; none is among ``avoid``."""
+        drawn: list[Unit] = []
+        for unit in named:
+            drawn.append(self._one([unit.layer], avoid | set(drawn), generator))
+        return drawn
+
+    def _one(self, layers: Sequence[int], avoid: set[Unit], generator: torch.Generator) -> Unit:
+        sizes = {i: self.shapes[i][0] * self.shapes[i][1] * self.shapes[i][2] for i in layers}
+        taken = sum(u.layer in sizes and u.family == self.family for u in avoid)
+        if taken >= sum(sizes.values()):
+            if len(layers) == len(self.shapes):
+                found = f"the model has {len(self)} of its kind, of which {taken} are named or drawn"
+                raise ParameterError("a random component beside those named", found, "name fewer")
+            return self._one(list(self.shapes), avoid, generator)
+        while True:
+            layer = layers[int(torch.randint(len(layers), (), generator=generator))]
+            unit = self.unit(layer, int(torch.randint(sizes[layer], (), generator=generator)))
+            if unit not in avoid:
+                return unit
+
+
+class Draws:
+    """Random counterparts of named components, in their order."""
+
+    def __init__(self, model: WatchedModel, units: Sequence[Unit], n_positions: int, seed: int) -> None:
+        self.units = list(dict.fromkeys(units))
+        self.pools = {family: Pool.of(model, family, n_positions) for family in _families(units)}
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def matched(self) -> str:
+        """By what they are matched, for a sentence."""
+        return "kind" if any(family[0] in WHOLE for family in self.pools) else "layer and kind"
+
+    @property
+    def most(self) -> int:
+        """Largest k for which every family has room for draws that differ."""
+        for k in range(len(self.units), 0, -1):
+            if all(ROOM * len(n) <= len(self.pools[f]) for f, n in _families(self.units[:k]).items()):
+                return k
+        return 0
+
+    def draw(self, k: int) -> list[Unit]:
+        """As many components as the first k, none of them among those."""
+        named = self.units[:k]
+        avoid = set(named)
+        return [u for f, own in _families(named).items() for u in self.pools[f].draw(own, avoid, self.generator)]
+
+
+def _families(units: Sequence[Unit]) -> dict[Family, list[Unit]]:
+    """The units by what they are matched by, in their order."""
+    found: dict[Family, list[Unit]] = defaultdict(list)
+    for unit in units:
+        found[unit.family].append(unit)
+    return dict(found)
+
+
+def sizes(most: int) -> list[int]:
+    """1, 3, 10, 30, ... up to ``most``, which is always among them."""
+    steps = (a * 10**b for b in range(8) for a in (1, 3))
+    return sorted({k for k in steps if k < most} | {most})
+
+
+def prove(ablation: Ablation, draws: Draws, ks: Sequence[int], n_draws: int, ablated: str) -> Proof:
+    """The drop in the target's log-probability without the first k components, against random ones."""
+    sets = [draws.units[:k] for k in ks] + [draws.draw(k) for _ in range(n_draws) for k in ks]
+    base = float(ablation.base().logp[0])
+    drop = base - ablation(sets).logp.double()
+    return proof_of(drop[: len(ks)], drop[len(ks) :].view(n_draws, len(ks)), ks, ablated, draws.matched)
+
+
+def proof_of(effect: torch.Tensor, random: torch.Tensor, ks: Sequence[int], ablated: str, matched: str) -> Proof:
+    """The proof of drops in log-probability: [k] without the first k, [draw, k] without random ones."""
+    return Proof(
+        ablated=ablated,
+        ks=tuple(ks),
+        effect=effect.numpy(),
+        random=random.numpy(),
+        metric="log p(target)",
+        unit="nats",
+        matched=matched,
+    )
