@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -47,6 +48,7 @@ class Model:
         self.encoder = Encoder(hf, processor)
         self._anatomy: Anatomy | None = None
         self._saw_image = False
+        self._lock = threading.RLock()
         self._digest: tuple[int, str] | None = None
         self._takes_cache = "use_cache" in inspect.signature(hf.forward).parameters
 
@@ -117,18 +119,21 @@ class Model:
             WeightsError: weights are not finite.
         """
         image = inputs is not None and inputs.has_images
-        if self._anatomy is None or (image and not self._saw_image):
-            sample = inputs if image and inputs is not None else self.encoder.sample()
-            known, self._saw_image = self._anatomy, image
-            try:
-                with asleep(self.hf):
-                    with random_numbers_kept(self.device):
-                        self._anatomy = probe(self.hf, self._kwargs(sample))
-                    check_watched(self, sample)
-            except BaseException:
-                self._anatomy, self._saw_image = known, False
-                raise
-        return self._anatomy
+        with self._lock:
+            if self._anatomy is None or (image and not self._saw_image):
+                self._read_anatomy(inputs if image and inputs is not None else self.encoder.sample(), image)
+            return self._anatomy  # type: ignore[return-value]
+
+    def _read_anatomy(self, sample: Inputs, image: bool) -> None:
+        known = self._anatomy, self._saw_image
+        try:
+            with asleep(self.hf):
+                with random_numbers_kept(self.device):
+                    self._anatomy, self._saw_image = probe(self.hf, self._kwargs(sample)), image
+                check_watched(self, sample)
+        except BaseException:
+            self._anatomy, self._saw_image = known
+            raise
 
     def _site(self, text: str) -> Site | None:
         return site_of_module(text.strip(), self.anatomy()) if text.strip() in self._module_paths else None
@@ -252,9 +257,9 @@ class Model:
         watch = Watch(self.hf, self.anatomy(), (), done, window=Window(None, [], growing=True))
         names = list(inspect.signature(self.hf.forward).parameters)
 
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
             if watch.on():
-                watch.window = window_of_call({**dict(zip(names, args, strict=False)), **kwargs})
+                watch.window = window_of_call({**dict(zip(names, args, strict=False)), **(kwargs or {})})
 
         handle = self.hf.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
         try:

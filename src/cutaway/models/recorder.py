@@ -6,6 +6,7 @@ and the torch calls are seen through a TorchFunctionMode.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,7 @@ class Recorder(TorchFunctionMode):
         self._handles: list[Any] = []
         self._attention: Any = None
         self._paused = False
+        self._thread = threading.get_ident()
 
     # -- the graph ------------------------------------------------------------------------------------------------
     def node(self, tensor: Tensor) -> Node:
@@ -194,19 +196,19 @@ class Recorder(TorchFunctionMode):
         return out
 
     # -- modules --------------------------------------------------------------------------------------------------
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._paused:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if self._paused or threading.get_ident() != self._thread:
             return
         path = self._paths[id(module)]
         found = [(i, self.node(a)) for i, a in enumerate(args) if isinstance(a, Tensor)]
-        named = [(k, self.node(a)) for k, a in kwargs.items() if isinstance(a, Tensor)]
+        named = [(k, self.node(a)) for k, a in (kwargs or {}).items() if isinstance(a, Tensor)]
         frame = Frame(path, [*found, *named])
         for slot, node in frame.inputs:
             node.input_of.append((path, slot))
         self._stack.append(frame)
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if self._paused:
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        if self._paused or threading.get_ident() != self._thread:
             return
         frame = self._stack.pop()
         single = isinstance(out, Tensor)
@@ -247,7 +249,7 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> Recorder:
         for module in self._root.modules():
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave))
         self._attention = ATTENTION.watch(dict.fromkeys(self._paths, self._attended))
         self._attention.__enter__()
         super().__enter__()

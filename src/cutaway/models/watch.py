@@ -291,7 +291,8 @@ class Watch:
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """``hook(args, kwargs)`` before the module runs."""
 
-        def ours(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Another thread may be about to call a hook that is being taken off, by then without keywords.
+        def ours(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
             return hook(args, kwargs) if self.on() else None
 
         self._exits.callback(module.register_forward_pre_hook(ours, with_kwargs=True).remove)
