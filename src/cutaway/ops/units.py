@@ -11,9 +11,10 @@ What has no ``from`` and no ``head/channel`` is the text of a site.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cutaway.core.errors import SiteSyntaxError
+from cutaway.core.site import Site
 
 Family = tuple[str, bool, bool]
 """What components are matched by beside their layer: kind, whether inside a head, whether by source position."""
@@ -54,6 +55,28 @@ class Unit(NamedTuple):
         if found.source >= 0 and found.kind != "attn.z":
             raise SiteSyntaxError(f"component {text!r}", "only heads bring something from a position", "")
         return found
+
+    @staticmethod
+    def of_site(site: Site, anatomy: Any) -> list[Unit]:
+        """The components that a concrete site names; SiteSyntaxError for kinds that are none, and for positions."""
+        layer = anatomy.layers(site.scope)[site.layer]
+        if site.kind not in (*WHOLE, *INDEXED) or site.scope or site.positions is not None:
+            found = "components are heads, neurons and sublayers of the language model, at all positions"
+            raise SiteSyntaxError(f"site '{site}'", found, f"use {', '.join((*WHOLE, *INDEXED))}, without '@'")
+        if site.kind in WHOLE:
+            return [Unit(site.kind, site.layer)]
+        n = anatomy.size(site)
+        numbers = range(n) if site.index is None else site.index.resolve(n, "component", f"site '{site}'")
+        if site.kind != "expert.act":
+            return [Unit(site.kind, site.layer, i) for i in numbers]
+        m = layer.d_expert
+        inside = range(m) if site.inner is None else site.inner.resolve(m, "neuron", f"site '{site}'")
+        return [Unit(site.kind, site.layer, i, j) for i in numbers for j in inside]
+
+    @property
+    def whole(self) -> str:
+        """The site of its head, neuron or sublayer, without channel and source."""
+        return str(self._replace(source=-1, inner=-1 if self.kind == "attn.z" else self.inner))
 
     @property
     def family(self) -> Family:

@@ -1,0 +1,155 @@
+"""Ablations against weights that are really zeroed, against plain interventions, and against the planted truth."""
+
+import copy
+
+import pytest
+import torch
+
+from cutaway import specimens
+from cutaway.core.errors import CutawayError, ParameterError, SiteRangeError, SiteSyntaxError
+from cutaway.core.intervention import Mean, Zero
+from cutaway.methods.locate.neuron_attribution import neuron_attribution
+from cutaway.methods.prove.ablate import ablate
+from cutaway.models.handle import Model
+from cutaway.models.load import load
+from cutaway.models.tiny import tiny
+from cutaway.ops.ablation import Ablation
+from cutaway.ops.draws import Draws, sizes
+from cutaway.ops.units import Unit
+from cutaway.results.ranking import Ranking
+
+IDS = [5, 9, 6, 7, 8]
+
+
+def logp(model, token=11, do=()):
+    return float(model.trace([IDS], do=do).logits[0, -1].log_softmax(-1)[token])
+
+
+def ablation(model, **given):
+    return Ablation(model, model.inputs([IDS]), [11], **given)
+
+
+def test_zeroing_is_setting_weights_to_zero():
+    model = Model(tiny("LlamaForCausalLM").hf)
+    units = [Unit("mlp.act", 0, 3), Unit("mlp.act", 2, 7), Unit("attn.z", 1, 2), Unit("attn.z", 1, 0, 5)]
+    changed = copy.deepcopy(model.hf)
+    width = model.layers[1].attention.d_value
+    with torch.no_grad():
+        changed.model.layers[0].mlp.down_proj.weight[:, 3] = 0
+        changed.model.layers[2].mlp.down_proj.weight[:, 7] = 0
+        changed.model.layers[1].self_attn.o_proj.weight[:, 2 * width : 3 * width] = 0
+        changed.model.layers[1].self_attn.o_proj.weight[:, 5] = 0
+    found = ablation(model)([units, []])
+    assert float(found.logp[0]) == pytest.approx(logp(Model(changed)), abs=1e-5)
+    assert float(found.logp[1]) == pytest.approx(logp(model), abs=1e-5)
+    assert abs(float(found.logp[0] - found.logp[1])) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "MixtralForCausalLM", "GPTNeoXForCausalLM"])
+def test_rows_of_a_batch_are_single_interventions(name):
+    model = Model(tiny(name).hf)
+    neuron = "expert.act" if name.startswith("Mixtral") else "mlp.act"
+    sets = [
+        [Unit("attn.z", 1, 1)],
+        [Unit("attn.out", 2)],
+        [Unit("mlp.out", 0), Unit("attn.out", 0)],
+        [Unit(neuron, 1, 2, 3 if neuron == "expert.act" else -1)],
+    ]
+    do = [["L1.attn.z[1]"], ["L2.attn.out"], ["L0.mlp.out", "L0.attn.out"], [str(sets[3][0])]]
+    found = ablation(model)(sets).logp
+    last = ablation(model, reach="last")(sets).logp
+    for i, sites in enumerate(do):
+        assert float(found[i]) == pytest.approx(logp(model, do=[Zero(s) for s in sites]), abs=1e-5)
+        assert float(last[i]) == pytest.approx(logp(model, do=[Zero(f"{s}@-1") for s in sites]), abs=1e-5)
+
+
+def test_the_mean_is_over_the_reference():
+    model = Model(tiny("LlamaForCausalLM").hf)
+    found = ablation(model, how="mean")([[Unit("attn.z", 1, 1)]])
+    assert float(found.logp[0]) == pytest.approx(logp(model, do=Mean("L1.attn.z[1]")), abs=1e-5)
+    other = model.inputs([[1, 2, 3, 4], [9, 8, 7, 6]])
+    value = model.trace(other, want="L1.attn.z[1]")["L1.attn.z[1]"].mean(dim=(0, 1))
+    found = ablation(model, how="mean", reference=[other])([[Unit("attn.z", 1, 1)]])
+    assert float(found.logp[0]) == pytest.approx(logp(model, do=Mean("L1.attn.z[1]", value)), abs=1e-5)
+
+
+def test_resampling_puts_in_what_was_seen_elsewhere():
+    model = Model(tiny("LlamaForCausalLM").hf)
+    other = model.inputs([[1, 2, 3, 4]])
+    values = model.trace(other, want="L1.mlp.act[3]")["L1.mlp.act[3]"][0, :, 0]
+    possible = [logp(model, do=Mean("L1.mlp.act[3]", v)) for v in values]
+    found = ablation(model, how="resample", reference=[other])([[Unit("mlp.act", 1, 3)]] * 6).logp
+    assert all(min(abs(p - float(f)) for p in possible) < 1e-5 for f in found)
+    assert len({round(float(f), 5) for f in found}) > 1
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_all_sources_of_a_head_together_are_the_head_at_the_last_position(name):
+    model = Model(tiny(name).hf)
+    whole = [Unit("attn.z", 1, 1, -1, p) for p in range(5)]
+    channels = [Unit("attn.z", 1, 1, c, p) for p in range(5) for c in range(model.layers[1].attention.d_value)]
+    found = ablation(model)([whole, channels]).logp
+    expected = logp(model, do=Zero("L1.attn.z[1]@-1"))
+    assert [float(f) for f in found] == pytest.approx([expected, expected], abs=1e-5)
+
+
+def test_keeping_takes_everything_else():
+    model = Model(tiny("LlamaForCausalLM").hf)
+    kept = [Unit("attn.z", 1, 1), Unit("attn.z", 0, 3)]
+    found = ablation(model).keeping([kept], [Unit("attn.z", i, 0) for i in range(3)]).logp
+    others = [Zero("L0.attn.z[0-2]"), Zero("L1.attn.z[0+2+3]"), Zero("L2.attn.z")]
+    assert float(found[0]) == pytest.approx(logp(model, do=others), abs=1e-5)
+
+
+def test_draws_match_layers_and_avoid_what_is_named():
+    model = Model(tiny("LlamaForCausalLM").hf)
+    named = [Unit("mlp.act", 1, i) for i in range(10)] + [Unit("attn.z", 2, 1, 3, 4)]
+    draws = Draws(model, named, 5, 0)
+    drawn = draws.draw(11)
+    assert len(set(drawn)) == 11
+    assert not set(drawn) & set(named)
+    assert sorted((u.layer, u.family) for u in drawn) == sorted((u.layer, u.family) for u in named)
+    assert sizes(30) == [1, 3, 10, 30]
+    assert sizes(7) == [1, 3, 7]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma"])
+def test_planted_parts_carry_the_answer(family):
+    model = load(f"planted-{family}")
+    truth = specimens.card(f"planted-{family}").truths["prompts"][0]
+    for part in (truth["head"], truth["value_neuron"], truth["query_neuron"]):
+        found = ablate(model, truth["prompt"], sites=part, draws=8)
+        assert found.check.holds
+        assert found.proof.holds, str(found.proof)
+        assert found.y[0, -1] > 0.3
+        assert found.y[2, -1] < found.y[3, -1] + 1e-6
+
+
+def test_a_ranking_that_was_saved_is_taken(tmp_path):
+    model = load("planted-llama")
+    ranking = neuron_attribution(model, "Ada plays", k=12, draws=0)
+    folder = ranking.save(tmp_path / "r")
+    direct, saved = (ablate(model, "Ada plays", ranking=r) for r in (ranking, str(folder)))
+    assert not direct.same_as(saved)
+    assert direct.x.tolist() == [1, 3, 10, 12]
+    assert direct.labels["line"][0] == "top k away"
+    for measure in ("probability", "rank"):
+        assert ablate(model, "Ada plays", ranking=ranking, measure=measure).measure == f"drop in {measure}"
+
+
+def test_refusals():
+    model = Model(tiny("LlamaForCausalLM").hf)
+    with pytest.raises(ParameterError, match="neither"):
+        ablate(model, IDS)
+    with pytest.raises(SiteSyntaxError, match="components are"):
+        ablate(model, IDS, sites="L1.resid_pre")
+    with pytest.raises(SiteSyntaxError, match="does not read"):
+        ablate(model, IDS, ranking=Ranking(items=["L1.mlp"], scores=[1.0]))
+    with pytest.raises(SiteRangeError):
+        ablate(model, IDS, ranking=Ranking(items=["L1.mlp.act[99999]"], scores=[1.0]))
+    with pytest.raises(ParameterError, match="use how='zero'"):
+        ablate(model, IDS, ranking=Ranking(items=["L1.attn.z[0] from 1"], scores=[1.0]), how="mean")
+    with pytest.raises(ParameterError, match="too few others"):
+        ablate(Model(tiny("LlamaForCausalLM", num_hidden_layers=2).hf), IDS, sites="L0.attn.out")
+    with pytest.raises(CutawayError, match="positions"):
+        ablate(model, IDS, ranking=Ranking(items=["L1.attn.z[0] from 50"], scores=[1.0]))
