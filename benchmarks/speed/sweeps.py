@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import statistics
 import sys
 import tempfile
@@ -194,7 +195,11 @@ def compare(
         found["replay"] = replay(model, inputs, runs, METRIC, plain=False)
 
     def keeping(name: str, sweep: Callable[[], list[float]]) -> Callable[[], None]:
-        return lambda: found.__setitem__(name, sweep())
+        def run() -> None:
+            found[name] = sweep()
+            gc.collect()  # the rounds run without the collector, and a sweep may leave gigabytes to it
+
+        return run
 
     by_replay()  # the check at first use
     seconds = interleaved(
@@ -323,6 +328,7 @@ def main() -> None:
         figures[name] = compare(hf, inputs, cells, options.rounds, present)
         figures[name]["absent"] = {k: f for k, f in others.items() if isinstance(f, str)}
         print(name, figures[name]["times_replay"], figures[name]["largest_difference"], flush=True)
+        keep("sweeps" if not options.only else "sweeps-some", figures, __doc__ or "")
 
     def residual(hf: nn.Module, length: int, differ_from: int = 0, peers: bool = False) -> Any:
         model = Model(hf)
@@ -367,7 +373,6 @@ def main() -> None:
     sweep("llama-gqa residual T=16", lambda: residual(llama(), 16))
     sweep("llama-gqa residual T=64", lambda: residual(llama(), 64))
     sweep("llava residual, 64 patches then 12 tokens", lambda: pictured(64, 12))
-    keep("sweeps" if not options.only else f"sweeps-{options.only.replace(' ', '-')}", figures, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,15 @@ def test_a_mistaken_replay_is_found_and_not_used(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(found.values, replay(m, IDS, runs, LOGIT, plain=True).values)
 
 
+def test_a_layer_that_cannot_take_packed_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = Model(tiny("LlamaForCausalLM").hf)
+    m.anatomy()
+    norm = m.hf.get_submodule(m.layers[1].path).post_attention_layernorm
+    monkeypatch.setattr(norm, "forward", lambda x: type(norm).forward(norm, x + torch.zeros(IDS.shape[1], 1)))
+    found = replay(m, IDS, [Zero("L0.resid_pre@3")], LOGIT)
+    assert found.how.startswith("plain: its layers do not take packed rows: RuntimeError: The size of tensor")
+
+
 def test_plain_on_request_and_replay_on_request() -> None:
     assert replay(model(), IDS, [Zero("L0.attn.z[0]")], LOGIT, plain=True).how == "plain: asked for"
     with pytest.raises(UnsupportedError, match="does not go through transformers' attention interface"):
