@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cutaway.core.errors import SiteMissingError, SiteSyntaxError
+from cutaway.core.intervention import Zero
 from cutaway.core.names import AFTER_ROTARY, TRANSFORMER_LENS, from_transformer_lens, transformer_lens
 from cutaway.core.site import Site
 from cutaway.core.trace import Trace
@@ -232,3 +233,17 @@ def test_hook_normalized_is_before_the_norms_scale(name: str, norm: str, offset:
 def test_hook_normalized_names_no_site() -> None:
     with pytest.raises(SiteSyntaxError):
         Site.parse("ln_final.hook_normalized")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *((name, f"blocks.1.attn.hook_{side}") for name in sorted(ROTARY) for side in "qk"),
+        ("opt", "blocks.1.attn.hook_q"),
+    ],
+)
+def test_a_name_that_means_another_tensor_is_refused(name: str, text: str) -> None:
+    model = seen(name).model
+    for asked in ({"want": f"L0.resid_pre, {text}"}, {"do": Zero(text)}):
+        with pytest.raises(SiteMissingError, match=r"before layer 1 .* 'L1\.attn\.[qk]' is what attention uses"):
+            model.trace(torch.tensor([[1, 2]]), **asked)

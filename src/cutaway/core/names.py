@@ -31,9 +31,12 @@ AFTER_ROTARY: dict[str, str] = {
 """What ``attn.q`` and ``attn.k`` are called in models that rotate them: ``hook_q`` is there before the rotation."""
 
 
-def transformer_lens(kind: str, layer: int | None = None) -> str:
-    """TransformerLens' name of a site kind at a layer (``{layer}`` left open for None); '' when it has none."""
-    template = TRANSFORMER_LENS.get(kind, "")
+def transformer_lens(kind: str, layer: int | None = None, changed: bool = False) -> str:
+    """TransformerLens' name of a site kind at a layer (``{layer}`` left open for None); '' when it has none.
+
+    ``changed``: the layer rotates (norms, scales) its queries or keys, so that ``attn.q`` is not its ``hook_q``.
+    """
+    template = (AFTER_ROTARY if changed else TRANSFORMER_LENS).get(kind, "")
     return template if layer is None else template.format(layer=layer)
 
 

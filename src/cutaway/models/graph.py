@@ -33,6 +33,7 @@ SAME = {
     "squeeze",
 }
 SAME |= {"unsqueeze", "flatten", "unflatten", "view_as", "detach", "dropout_", "alpha_dropout"}
+CUT = {"__getitem__", "split", "chunk", "unbind", "tensor_split"}
 MOVE = SAME | {
     "transpose",
     "permute",
@@ -197,7 +198,16 @@ class LayerGraph:
         heads_first = z[1] == q[1] and z[2] == q[2]
         if call.how == "interface" and z[1] == q[2] and z[2] == q[1]:
             heads_first = False
-        return Attention(call.module, call.how, q[1], k[1], q[3], z[3], len(calls), heads_first, flat, keys)
+        changed = frozenset(side for side, node in (("q", call.q), ("k", call.k)) if not self._projected(node))
+        return Attention(call.module, call.how, q[1], k[1], q[3], z[3], len(calls), heads_first, flat, keys, changed)
+
+    def _projected(self, node: Node) -> bool:
+        """Whether ``node`` is a matrix's output as it came, cut into heads at most."""
+        while not any(self.linear(path) for path, _ in node.output_of):
+            if node.op not in MOVE | CUT or not node.inputs:
+                return False
+            node = node.inputs[0]
+        return True
 
     # -- matrices -------------------------------------------------------------------------------------------------
     def linear(self, path: str) -> bool:

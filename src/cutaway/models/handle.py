@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutaway.core.errors import InputError, ModelError, UnsupportedError
+from cutaway.core.errors import InputError, ModelError, SiteMissingError, UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Intervention, parse_intervention
 from cutaway.core.metric import Metric
@@ -153,7 +153,18 @@ class Model:
     def expand(self, sites: SiteLike | Iterable[SiteLike], inputs: Inputs | None = None) -> list[Site]:
         """The concrete sites (one layer each) that ``sites`` name in this model; module paths are names too."""
         anatomy = self.anatomy(inputs)
-        return [concrete for _, site in self._sites(sites) for concrete in anatomy.expand(site, self.name)]
+        return [
+            self._meant(text, concrete)
+            for text, site in self._sites(sites)
+            for concrete in anatomy.expand(site, self.name)
+        ]
+
+    def _meant(self, text: str, site: Site) -> Site:
+        """``site``, unless ``text`` is TransformerLens' name of another tensor in this model."""
+        if text.endswith((".attn.hook_q", ".attn.hook_k")) and self.layers[site.layer].changes(site.kind):
+            found = f"there it is before layer {site.layer} rotates, norms or scales it, which is no site here"
+            raise SiteMissingError(f"site {text!r} of {self.name}", found, f"'{site}' is what attention uses")
+        return site
 
     @cached_property
     def _module_paths(self) -> set[str]:

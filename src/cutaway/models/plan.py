@@ -36,7 +36,11 @@ class Tap:
 
 @dataclass(frozen=True)
 class Attention:
-    """How a layer attends: the module, the style of its call, and the sizes of its heads."""
+    """How a layer attends: the module, the style of its call, and the sizes of its heads.
+
+    Attributes:
+        changed: "q" and "k" where they are not their matrix's output as it came, but rotated, normed or scaled.
+    """
 
     module: str
     style: AttentionStyle
@@ -48,6 +52,7 @@ class Attention:
     z_heads_first: bool = False
     flat: bool = False
     keys: Mapping[str, OpKey] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,10 @@ class Layer:
     n_experts: int
     d_expert: int
     refused: Mapping[str, str]
+
+    def changes(self, kind: str) -> bool:
+        """Whether ``attn.q`` or ``attn.k`` is here something else than its matrix's output."""
+        return self.attention is not None and kind in {f"attn.{side}" for side in self.attention.changed}
 
     def has(self, kind: str) -> bool:
         """Whether a layered site kind is here."""

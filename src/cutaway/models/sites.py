@@ -74,7 +74,7 @@ def sites(anatomy: Anatomy) -> Iterator[SiteInfo]:
             for kind in kinds:
                 if KINDS[kind].layered and layer.has(kind):
                     known = sizes(layer) | {"neuron": layer.d_expert if kind.startswith("expert.") else layer.d_mlp}
-                    name = "" if scope else transformer_lens(kind, i)
+                    name = "" if scope else transformer_lens(kind, i, layer.changes(kind))
                     yield SiteInfo(
                         f"{prefix}L{i}.{kind}", _axes(kind, known), _equation(kind, layer), name, _module(kind, layer)
                     )
