@@ -113,8 +113,8 @@ def test_generation_with_an_image_equals_runs_without_the_cache(name: str) -> No
     call = {"input_ids": given.ids, "attention_mask": given.mask, **given.extra}
     with of.doing(do, inputs=given):
         out = of.hf.generate(
-            **call, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True,
-            pad_token_id=0,
+            **call, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True,
+            output_logits=True, pad_token_id=0,
         )  # fmt: skip
     longer = dict(call)
     for step, logits in enumerate(out.logits):
@@ -138,7 +138,7 @@ def test_a_cache_of_fixed_size_is_served_or_refused_never_wrong() -> None:
         assert gap(cached, step_by_step(of, ROWS, new, lambda step: do)) < 2e-5
 
 
-# -- nesting --------------------------------------------------------------------------------------------------------------
+# -- nesting ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_blocks_nest_and_the_outer_one_acts_first(name: str) -> None:
     of, given = model(name), inputs(name)
@@ -199,7 +199,7 @@ def test_a_failed_call_inside_a_block_does_not_spoil_the_next(name: str) -> None
         assert torch.equal(of.hf(**of._kwargs(given)).logits, expected)
 
 
-# -- several models, several threads, others' hooks --------------------------------------------------------------------
+# -- several models, several threads, others' hooks -------------------------------------------------------------------
 def test_two_models_at_once_do_not_mix() -> None:
     one, two = fresh("grouped-query"), fresh("grouped-query")
     given = inputs("grouped-query")
@@ -264,7 +264,7 @@ def test_hooks_of_the_user_survive_and_are_seen(name: str) -> None:
     assert double_it in of.hf.get_submodule(path)._forward_hooks.values()
 
 
-# -- refused --------------------------------------------------------------------------------------------------------------
+# -- refused ----------------------------------------------------------------------------------------------------------
 def test_roles_are_refused_where_they_are_not_known() -> None:
     of = model("dense")
     with of.doing(Zero("L0.resid_post@text")), pytest.raises(SiteMissingError, match="roles are not known"):
@@ -273,7 +273,7 @@ def test_roles_are_refused_where_they_are_not_known() -> None:
 
 def test_the_vision_tower_has_to_be_read_before_a_block_around_it() -> None:
     of = fresh("llava")
-    with pytest.raises(SiteMissingError, match="not read yet.*model.anatomy"), of.doing("zero vision/L0.mlp.out"):
+    with pytest.raises(SiteMissingError, match="not read yet"), of.doing("zero vision/L0.mlp.out"):
         pass
     with of.doing("zero vision/L0.mlp.out", inputs=inputs("llava")):
         changed = of(inputs("llava"))

@@ -114,17 +114,21 @@ class Inputs:
 
     def row(self, b: int) -> Inputs:
         """Row ``b`` alone, padding removed. Image inputs are kept only when there is one row."""
-        if len(self) > 1 and self.extra:
+        if len(self) > 1 and any(not self._per_token(v) for v in self.extra.values()):
             raise InputError(f"row {b} of a batch with images", "image tensors cannot be split by row", "build one row")
         keep = self.real[b]
         return replace(
             self,
             ids=self.ids[b : b + 1, keep],
             mask=self.mask[b : b + 1, keep],
+            extra={k: v[b : b + 1, keep] if self._per_token(v) else v for k, v in self.extra.items()},
             tokens=(tuple(self.tokens[b][p] for p in keep),),
             roles=(tuple(self.roles[b][p] for p in keep),),
             grids=tuple(replace(g, row=0, positions=tuple(keep.index(p) for p in g.positions)) for g in self.grids),
         )
+
+    def _per_token(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape[:2] == self.ids.shape
 
     def repeat(self, n: int) -> Inputs:
         """One row repeated ``n`` times (text only)."""
@@ -140,8 +144,12 @@ class Inputs:
         """Every row with ``ids`` appended as text. Rows must not be padded on the right, and carry no images."""
         if any(row[-1] != self.ids.shape[1] - 1 for row in self.real):
             raise InputError("append an answer", "rows are padded on the right", "pad on the left: padding_side='left'")
-        if any(isinstance(v, Tensor) and v.shape[:2] == self.ids.shape for v in self.extra.values()):
-            found = f"these inputs carry {sorted(self.extra)} per position"
+        extra = dict(self.extra)
+        if "position_ids" in extra:
+            follow = extra["position_ids"][:, -1:] + torch.arange(1, len(ids) + 1, device=self.ids.device)
+            extra["position_ids"] = torch.cat([extra["position_ids"], follow], dim=1)
+        if unknown := sorted(k for k, v in self.extra.items() if self._per_token(v) and k != "position_ids"):
+            found = f"these inputs carry {', '.join(unknown)} per position"
             raise InputError("append an answer", found, "write the answer's first tokens into the prompt")
         words = tuple(tokens) or tuple(f"#{i}" for i in ids)
         more = torch.tensor(ids, dtype=self.ids.dtype, device=self.ids.device).expand(len(self), -1)
@@ -151,6 +159,7 @@ class Inputs:
             mask=torch.cat([self.mask, torch.ones_like(more, dtype=self.mask.dtype)], dim=1),
             tokens=tuple(row + words for row in self.tokens),
             roles=tuple(row + ("text",) * len(words) for row in self.roles),
+            extra=extra,
         )
 
     def kwargs(self, device: torch.device) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from cutaway.core.errors import SiteMissingError
+import torch
+
+from cutaway.core.errors import ParameterError, SiteMissingError
 from cutaway.core.method import method
 from cutaway.core.params import Image, Layers, Prompt
 from cutaway.core.proof import Check
@@ -53,6 +55,9 @@ def attention_pattern(
     patterns = [Site("attn.pattern", Items.of(i), index, scope=scope) for i in chosen]
     values = [Site(f"attn.{k}", Items.of(i), scope=scope) for i in chosen for k in ("v", "z")]
     trace = model.trace(inputs, want=[*patterns, *values])
+    shapes = {site.layer: list(trace[site].shape[1:]) for site in patterns}
+    if len({tuple(shape) for shape in shapes.values()}) > 1:
+        raise ParameterError(f"layers {chosen}", f"their patterns are [head, query, key] {shapes}", "name layers alike")
     names = inputs.tokens[0] if not scope else tuple(str(i) for i in range(trace[patterns[0]].shape[-1]))
     kept = heads or list(range(trace[patterns[0]].shape[1]))
     worst = 0.0
@@ -64,7 +69,7 @@ def attention_pattern(
             worst = max(worst, float((made - z[0, :, head].float()).abs().max()))
     return Pattern(
         title=f"attention of {model.name}",
-        pattern=[trace[site][0] for site in patterns],
+        pattern=torch.stack([trace[site][0].float() for site in patterns]),
         labels={"layer": tuple(chosen), "head": tuple(kept), "query": names, "key": names},
         check=Check(name="pattern @ v is what attention gave", value=worst, tolerance=1e-4),
     )
