@@ -36,7 +36,7 @@ __all__ = ["__version__", "method", "open", *_FACADE]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from cutaway.core.method import method
-    from cutaway.results import open_result as open  # noqa: A004
+    from cutaway.results import open_result as open
 
 
 def __getattr__(name: str) -> Any:

@@ -16,8 +16,12 @@ from cutaway.data import Town
 from cutaway.models.doctor import doctor
 from cutaway.models.load import load
 
-STYLE = """:root{color-scheme:light dark}body{font:16px/1.55 system-ui,sans-serif;margin:3rem auto;max-width:44rem;padding:0 1rem}
-a{color:inherit}li{margin:.8rem 0}code{background:color-mix(in srgb,currentColor 9%,transparent);padding:.1em .3em;border-radius:4px}"""
+STYLE = """
+:root{color-scheme:light dark}
+body{font:16px/1.55 system-ui,sans-serif;margin:3rem auto;max-width:44rem;padding:0 1rem}
+a{color:inherit}li{margin:.8rem 0}
+code{background:color-mix(in srgb,currentColor 9%,transparent);padding:.1em .3em;border-radius:4px}
+"""
 
 
 def steps() -> dict[str, tuple[str, Result]]:
@@ -53,19 +57,20 @@ def write(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, (question, result) in steps().items():
-        result.write(folder / f"{name}.html")  # type: ignore[attr-defined]
+        result.write(folder / f"{name}.html")
         result.save(folder / "results" / name, overwrite=True)
         check = f"<br><small>{html.escape(str(result.check))}</small>" if result.check else ""
         lines.append(
             f'<li>{html.escape(question)}<br><a href="{name}.html">{html.escape(result.title)}</a>{check}</li>'
         )
     front = folder / "index.html"
+    again = html.escape(str(folder / "results" / "patch_residual"))
     front.write_text(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>Cutaway: a first look</title><style>{STYLE}</style><h1>A first look at <code>town</code></h1>"
         "<p>A small Llama-shaped model that comes with Cutaway. It was trained on facts about invented people.</p>"
         f"<ol>{''.join(lines)}</ol><p>Each result is kept under <code>results/</code>: "
-        f"<code>cutaway rerun {html.escape(str(folder / 'results' / 'patch_residual'))}</code> makes it again and compares.</p>",
+        f"<code>cutaway rerun {again}</code> makes it again and compares.</p>",
         encoding="utf-8",
     )
     return front
