@@ -7,14 +7,15 @@ from pathlib import Path
 from cutaway.demo import steps
 
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
+DRAWN = ("logit_lens", "patch_residual")
 
 
 def main() -> None:
     """Write every picture."""
     PICTURES.mkdir(exist_ok=True)
-    for name, (_, result) in steps().items():
-        if name != "doctor":
-            result.write(PICTURES / f"{name}.png")
+    made = steps()
+    for name in DRAWN:
+        made[name][1].write(PICTURES / f"{name}.png")
 
 
 if __name__ == "__main__":
