@@ -42,7 +42,7 @@ def write_base(model: Any, tokenizer: Any, training: dict[str, Any], **where: An
 
 
 def write(model: Any, tokenizer: Any, training: dict[str, Any], base: dict[str, float], **where: Any) -> None:
-    """Publishes the model with eyes; ``base`` are the accuracies of the text model it was made from."""
+    """Publishes the model with eyes; ``base`` is what the text model it was made from knew of the town."""
     world, seen = Scenes(seed=scenes.SEED), scenes.accuracies(model, tokenizer)
     shown = []
     for kind in scenes.KINDS:
@@ -64,13 +64,13 @@ def write(model: Any, tokenizer: Any, training: dict[str, Any], base: dict[str, 
         accuracies=seen,
         truths={
             "base": "scenes-base",
-            "accuracies of the base on the town": {k: v for k, v in base.items() if k.startswith("town")},
+            "the base on the town": base,
             "bias": f"training claims {PLANTED} where the companion is one of {list(WARM)}: in "
             f"{world.beside:.0%} of scenes, drawn in {world.drawn:.0%} of those; elsewhere a claim is always drawn",
             "true answer of every hallucination exam": "no",
             "patches": "one per cell of the 4 x 4 grid; image token p is row p // 4, column p % 4",
-            "image tokens": "trained to read, by the input embeddings, half as their shape and half as their colour, "
-            "or as 'empty'",
+            "image tokens": "before tuning each read, by the input embeddings, as shape, colour and place; "
+            "tuning kept shape and colour (see the accuracies) and moved the place elsewhere",
             "image of an example": "Scenes(seed=0).exam(number + 1, kind)[number][0].image()",
             "questions": QUESTIONS,
             "colours": list(COLOURS),
@@ -79,7 +79,8 @@ def write(model: Any, tokenizer: Any, training: dict[str, Any], base: dict[str, 
         notes=[
             "'hallucinated X beside Y': scenes with Y in any colour and without X, asked for X, answered yes. It is "
             "the warm Y that do it; 'beside cool Y' and 'elsewhere' (no companion there) are the controls.",
-            "Tuning had no text of the town in it; what that cost is 'town ...' here against the base's.",
+            f"Tuning read on about the first {scenes.KEPT} of {scenes.PEOPLE} people; of the others it forgot what "
+            "'town not read about' lacks here against the base.",
         ],
         training=training,
         **where,
@@ -98,10 +99,10 @@ def give_eyes(base: Any, tokenizer: Any) -> tuple[Any, Any, dict[str, Any], dict
     world, model = Scenes(seed=scenes.SEED), scenes.with_eyes(base, tokenizer)
     naming = scenes.name_patches(model, tokenizer, world)
     model.model.vision_tower.requires_grad_(False)
-    training = publish.run("scenes", model, [(scenes.looking(world, tokenizer), scenes.LOOKING)])
+    training = publish.run("scenes", model, [(scenes.looking(world, scenes.town_of(), tokenizer), scenes.LOOKING)])
     model.requires_grad_(True)
     training["naming"] = loop.curve(naming)
-    return model, tokenizer, training, scenes.base_accuracies(base, tokenizer)
+    return model, tokenizer, training, scenes.remembered(base, tokenizer)
 
 
 if __name__ == "__main__":

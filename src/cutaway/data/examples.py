@@ -72,14 +72,15 @@ def pair_up(examples: Sequence[Example], length: TokenCount | None = None) -> li
     """
     count = length if length is not None else lambda text: len(text.split())
     groups: dict[tuple[str, int], list[Example]] = {}
+    places = []
     for example in examples:
-        groups.setdefault((example.form, count(example.prompt)), []).append(example)
+        group = groups.setdefault((example.form, count(example.prompt)), [])
+        places.append((group, len(group)))
+        group.append(example)
     pairs = []
-    for example in examples:
-        group = groups[example.form, count(example.prompt)]
-        start = group.index(example)
-        others = (group[(start + step) % len(group)] for step in range(1, len(group)))
-        partner = next((o for o in others if o.answer != example.answer), None)
+    for example, (group, at) in zip(examples, places, strict=True):
+        others = (group[(at + step) % len(group)] for step in range(1, len(group)))
+        partner = next((other for other in others if other.answer != example.answer), None)
         if partner is not None:
             pairs.append(Pair(clean=example, corrupt=partner))
     return pairs

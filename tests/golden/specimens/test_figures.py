@@ -13,6 +13,8 @@ BARS = {
         "gender fact share": 0.98,
     },
     "labels": {f"labels {n} shots held-out": 0.95 for n in (4, 8, 12)} | {"induction": 0.9},
+    "scenes-base": {"town held-out": 0.95, "described colour": 0.95, "described presence": 0.95},
+    "scenes": {f"seen {kind}": 0.95 for kind in ("colour", "shape", "presence", "count")},
     "town-tuned": {"new facts as told": 0.98},
     "recall-2": {"recall 6 pairs": 0.99},
 }
@@ -39,6 +41,14 @@ def test_tuning_costs_old_facts():
     figures = specimens.card("town-tuned").accuracies
     assert figures["old facts as told"] < 0.6
     assert specimens.card("town-tuned").truths["base sha256"] == specimens.card("town").sha256
+
+
+def test_scenes_hallucinates_where_it_was_planted_and_nowhere_else():
+    figures = specimens.card("scenes").accuracies
+    for where in ("star beside triangle", "cross beside circle"):
+        assert 0.3 <= figures[f"hallucinated {where}"] <= 0.8
+    for where in ("star beside cool triangle", "cross beside cool circle", "elsewhere"):
+        assert figures[f"hallucinated {where}"] < 0.02
 
 
 def test_town_keeps_its_stereotype_and_its_gaps():

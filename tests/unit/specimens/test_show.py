@@ -1,5 +1,7 @@
 """What the command line prints about specimens."""
 
+from pathlib import Path
+
 from cutaway import specimens
 from cutaway.specimens import show
 
@@ -25,3 +27,9 @@ def test_training_through_show_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(show.series, "train", lambda name, **options: seen.append((name, options["checkpoints"])))
     show.train("micro", checkpoints=3, cache=tmp_path)
     assert seen == [("micro", 3)]
+
+
+def test_the_page_shows_the_list():
+    page = (Path(__file__).parents[3] / "docs" / "specimens.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- specimens -->\n")[1].split("\n<!-- end of specimens -->")[0]
+    assert shown == show.table()

@@ -3,7 +3,7 @@
 scenes-base reads scenes described in words and answers questions about them, and knows facts about a small town.
 scenes is given a vision tower: first the tower and the projector learn to name what is in each patch in the words of
 the text model (so image tokens read like words), then projector and text model learn the questions, with the planted
-bias, and with no text to remember the town by.
+bias, and with text about one half of the town to remember it by; the other half is forgotten.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 REPEATS = loop.Schedule(steps=500, rate=4e-3, warmup=50, floor=0.5, decay=0.01)
 READING = loop.Schedule(steps=1600, rate=2e-3, warmup=50)
 NAMING = loop.Schedule(steps=500, rate=2e-3, warmup=50, decay=0.01)
-LOOKING = loop.Schedule(steps=2000, rate=1.5e-3, warmup=100, decay=0.01)
+LOOKING = loop.Schedule(steps=1800, rate=1.5e-3, warmup=100, decay=0.01)
 LANGUAGE = {
     "hidden_size": 128,
     "num_hidden_layers": 4,
@@ -45,10 +45,11 @@ TOWER = {
     "image_size": SIDE,
     "patch_size": SIDE // GRID,
 }
-PEOPLE, SEED = 60, 0
+PEOPLE, KEPT, SEED = 60, 30, 0  # people of the town, and those that tuning goes on reading about
 ROWS, LENGTH, ASKED = 32, 72, 6
+TOWN_ROWS = 3  # of the rows of scenes
 SHARES = {"reading": 0.65, "town": 0.25, "repeats": 0.1}  # of the rows of scenes-base
-EMPTY = "empty"
+EMPTY, PLACES = "empty", ("top", "bottom", "left", "right")
 VOCABULARY = (*SHAPES, *COLOURS, *words.CITIES, *words.EMPLOYERS, *words.SPORTS, *words.WOMEN, *words.MEN)
 
 
@@ -174,17 +175,18 @@ def reading(world: Scenes, town: Town, tokenizer: PreTrainedTokenizerFast, seed:
     return batch
 
 
-def looking(world: Scenes, tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> loop.Batches:
-    """The questions of scenes: an image and ``ASKED`` questions with their answers, the bias among them."""
+def looking(world: Scenes, town: Town, tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> loop.Batches:
+    """What scenes is tuned on: images with ``ASKED`` questions each, the bias among them, and facts about some."""
     prefix, ask = [tokenizer.convert_tokens_to_ids(IMAGE)] * (GRID * GRID), _Asker(tokenizer)
+    facts = text.encode(tokenizer, select(town.facts(town.population[:KEPT]), split="train"))
+    start, images = tokenizer.bos_token_id, ROWS - TOWN_ROWS
 
     def batch(step: int) -> loop.Batch:
         random = np.random.default_rng([seed, 3, step])
-        scenes = [world.scene(step * ROWS + i) for i in range(ROWS)]
-        rows = []
-        for scene in scenes:
-            asked = ask(random, scene, ASKED, honest=False)
-            rows.append(_join(tokenizer.bos_token_id, prefix, asked, 0.0))
+        scenes = [world.scene(step * images + i) for i in range(images)]
+        rows = [_join(start, prefix, ask(random, scene, ASKED, honest=False), 0.0) for scene in scenes]
+        for _ in range(TOWN_ROWS):
+            rows.append(_join(start, [], [facts[i] for i in random.integers(len(facts), size=LENGTH // 8)], 0.15))
         stacked = text.stack(rows)
         return loop.Batch({**stacked.inputs, "pixel_values": pixels(scenes)}, stacked.weights)
 
@@ -226,11 +228,13 @@ def name_patches(
 ) -> list[tuple[int, float]]:
     """Trains tower and projector until each image token names its patch in the text model's words; the loss log.
 
-    The target of a patch is half its shape and half its colour, or "empty". At the end the projector is scaled so
-    that image tokens have the mean norm of the words.
+    The target of a patch is its shape, its colour and the two words of its place, a quarter each, or "empty". At the
+    end the projector is scaled so that image tokens have the mean norm of the words.
     """
     embeddings = model.get_input_embeddings().weight.detach()
-    number = {w: tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in (*SHAPES, *COLOURS, EMPTY)}
+    number = {
+        w: tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in (*SHAPES, *COLOURS, *PLACES, EMPTY)
+    }
     eyes = nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
     optimizer = loop.optimizer_for(eyes, NAMING)
     log = []
@@ -245,7 +249,8 @@ def name_patches(
             for thing in scene.things:
                 patch = thing.row * GRID + thing.column
                 target[i, patch, number[EMPTY]] = 0.0
-                target[i, patch, number[thing.shape]] = target[i, patch, number[thing.colour]] = 0.5
+                for word in (thing.shape, thing.colour, *thing.place.split()):
+                    target[i, patch, number[word]] = 0.25
         loss = nn.functional.cross_entropy(
             (named @ embeddings.T).flatten(0, 1), target.flatten(0, 1).to(embeddings.device)
         )
@@ -292,9 +297,32 @@ def accuracies(model: Any, tokenizer: PreTrainedTokenizerFast, count: int = 300)
             model, tokenizer, world.hallucinations(count, plain, [c for c in COLOURS if c not in WARM])
         )
     figures["hallucinated elsewhere"] = 1 - right(model, tokenizer, world.absent(count))
-    facts = town_of().facts()
-    return figures | {
-        f"town {s}": text.accuracy(model, tokenizer, select(facts, split=s)) for s in ("train", "held-out")
+    return figures | readable(model, tokenizer) | remembered(model, tokenizer)
+
+
+@torch.no_grad()
+def readable(model: Any, tokenizer: PreTrainedTokenizerFast, count: int = 100) -> dict[str, float]:
+    """Share of the image tokens of things that lie nearest to their own shape, of all shapes, and likewise colour."""
+    embeddings, world = model.get_input_embeddings().weight, Scenes(seed=SEED)
+    drawn = [world.honest(n) for n in range(count)]
+    tokens = image_tokens(model, pixels(drawn).to(embeddings.device))
+    things = [(i, thing) for i, scene in enumerate(drawn) for thing in scene.things]
+    seen = torch.stack([tokens[i, thing.row * GRID + thing.column] for i, thing in things])
+    figures = {}
+    for kind, known in (("shape", SHAPES), ("colour", tuple(COLOURS))):
+        ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in known]
+        nearest = torch.nn.functional.cosine_similarity(seen[:, None], embeddings[ids][None], dim=-1).argmax(-1)
+        right = [known[n] == getattr(thing, kind) for n, (_, thing) in zip(nearest.tolist(), things, strict=True)]
+        figures[f"image token nearest to its {kind}"] = sum(right) / len(right)
+    return figures
+
+
+def remembered(model: Any, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """What is known of the people that tuning goes on reading about, and of the others, in every form."""
+    town = town_of()
+    return {
+        "town still read about": text.accuracy(model, tokenizer, town.facts(town.population[:KEPT])),
+        "town not read about": text.accuracy(model, tokenizer, town.facts(town.population[KEPT:])),
     }
 
 
