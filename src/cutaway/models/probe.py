@@ -136,7 +136,8 @@ class Probe:
         node = self.recorder.node(logits)
         while node.tensor is not self.last:
             places = [p for p, _ in node.output_of if p in self.frames and not self._holds_layers(p)]
-            path = next((p for p in reversed(places) if len(self.frames[p].inputs) == 1), "")
+            ran = [p for p in reversed(places) if len(self.frames[p].inputs) == 1]
+            path = next((p for p in ran if self.frames[p].inputs[0][1] is not node), "")  # an identity is no step
             if path:
                 steps.append(Step(path))
                 node = self.frames[path].inputs[0][1]
