@@ -7,6 +7,7 @@ import inspect
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -208,7 +209,7 @@ class Model:
         metric = self.metric(grad) if isinstance(grad, str | Metric) else None
         if metric is not None:
             batch = metric.prepare(batch)
-        sites = self.expand(want, batch)
+        sites = list(dict.fromkeys(self.expand(want, batch)))
         watch = Watch(
             self.hf,
             self.anatomy(batch),
@@ -251,7 +252,9 @@ class Model:
     ) -> list[Done]:
         items = [do] if isinstance(do, str | Intervention) else list(do)
         parsed = [parse_intervention(item) if isinstance(item, str) else item for item in items]
-        return [Done(site, item, growing) for item in parsed for site in self.expand(item.at, inputs)]
+        named = [(item, self._site(item.at) if isinstance(item.at, str) else None) for item in parsed]
+        placed = [item if site is None else replace(item, at=site) for item, site in named]
+        return [Done(site, item, growing) for item in placed for site in self.expand(item.site, inputs)]
 
     @contextmanager
     def doing(self, do: InterventionLike | Iterable[InterventionLike], inputs: Inputs | None = None) -> Iterator[Model]:

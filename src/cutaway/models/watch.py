@@ -220,7 +220,6 @@ class Watch:
             grads[site] = joined(site, grads.get(site), to(torch.zeros_like(raw) if g is None else g).detach(), 0.0)
         return grads
 
-    # -- on and off ---------------------------------------------------------------------------------------------------
     def __enter__(self) -> Watch:
         self._key = (threading.get_ident(), id(self.root))
         try:
@@ -378,7 +377,6 @@ class Watch:
 
         self._after(self.root.get_submodule(self.anatomy.stacks[scope][max(last, 0)].path), leave)
 
-    # -- torch calls in a module's own forward ------------------------------------------------------------------------
     def _owner(self, owners: dict[str, Owner], path: str) -> Owner:
         if path not in owners:
             owner = owners[path] = Owner(self)
