@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 64
+BLOCK = 16
 ROUNDING = 1e-5  # relative to the scores' size: what bound and score may differ by in float32
 
 

@@ -74,16 +74,17 @@ def neuron_attribution(
 
     Raises:
         UnsupportedError: layers that do not add to the residual stream, or a readout that is not understood.
-        ParameterError: ``versus`` together with ``then``.
+        ParameterError: ``then`` together with ``versus``, or without a target.
     """
     batch = model.inputs(prompt, image)
     if versus is not None and then:
         raise ParameterError("parameter 'versus'", "'then' is given too", "contrast one token at a time")
-    if target is None:
-        target = int(model(batch)[0, batch.last[0]].argmax())
-    ids = [target, *(then or ())]
-    run = batch.extend(ids[:-1], [model.decode(i) for i in ids[:-1]]) if len(ids) > 1 else batch
-    parts = take_apart(model, run, len(ids), level)
+    if target is None and then:
+        raise ParameterError("parameter 'then'", "no target is given", "name the target that it follows")
+    ahead = [target, *(then or ())][:-1] if target is not None else []
+    run = batch.extend(ahead, [model.decode(i) for i in ahead]) if ahead else batch
+    parts = take_apart(model, run, len(ahead) + 1, level)
+    ids = [int(parts.logits[0].argmax())] if target is None else [target, *(then or ())]
     head = Head(model)
     goal = Goal.of(head.frozen(parts.final, parts.logits, scale), ids, versus)
     if level == "layer":

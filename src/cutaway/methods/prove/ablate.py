@@ -127,7 +127,7 @@ def ablate(
         measure=f"drop in {measure}",
         unit=MEASURES[measure],
         log_x=True,
-        labels={"line": lines},
+        labels={"line": tuple(lines)},
         check=_check(ablation, base),
         proof=proof_of(drop[0, :n], drop[0, n:].view(draws, n), ks, f"{word} the first components", drawer.matched),
         notes=tuple(notes),

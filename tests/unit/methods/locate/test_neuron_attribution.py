@@ -163,6 +163,8 @@ def test_refusals():
     model = Model(tiny("LlamaForCausalLM").hf)
     with pytest.raises(ParameterError, match="versus"):
         neuron_attribution(model, IDS, target=1, versus=2, then=[3])
+    with pytest.raises(ParameterError, match="no target"):
+        neuron_attribution(model, IDS, then=[3])
     with pytest.raises(UnsupportedError, match="norms the sum"):
         neuron_attribution(Model(tiny("BartForCausalLM").hf), IDS)
     with pytest.raises(UnsupportedError, match="level='layer'"):

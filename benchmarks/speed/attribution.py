@@ -1,0 +1,97 @@
+"""Neuron attribution against a bare forward pass of GPT-2 small's shape, one thread."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.harness import interleaved, keep, medians, ratio
+from cutaway.core.inputs import Inputs
+from cutaway.methods.locate.neuron_attribution import neuron_attribution
+from cutaway.models.handle import Model
+from cutaway.ops.importance import Goal
+from cutaway.ops.parts import take_apart
+from cutaway.ops.readout import Head
+
+LENGTHS = (16, 64)
+LEVELS = {"neuron": 100, "attention-neuron": 100, "head": 30, "head-position": 30, "layer": 24}
+BARS = {"neuron": 3.0, "attention-neuron": 10.0, "head": 2.0, "head-position": 2.0}
+BRUTE_PART = 0.02  # of the neurons: brute force takes minutes, so this share of it is timed
+
+
+def gpt2() -> Model:
+    """GPT-2 small's shape with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return Model(GPT2LMHeadModel(GPT2Config()).eval(), name="gpt2-small")
+
+
+def brute(model: Model, inputs: Inputs) -> None:
+    """A share of what the published notebooks do: every neuron's vector through the whole vocabulary, one by one."""
+    parts = take_apart(model, inputs, 1, "neuron")
+    goal = Goal.of(Head(model).frozen(parts.final, parts.logits), [int(parts.logits[0].argmax())])
+    for group in parts.groups:
+        base = parts.layers[group.layer].before_mlp
+        for i in range(int(len(group) * BRUTE_PART)):
+            goal.of_state(base + group.vectors(torch.tensor([i]))[0])
+
+
+def measured(model: Model, length: int, runs: int) -> dict[str, Any]:
+    """Ratios to a bare forward pass."""
+    ids = torch.randint(1000, 30000, (1, length), generator=torch.Generator().manual_seed(length))
+    inputs = model.inputs(ids)
+    plain = {"input_ids": ids, "attention_mask": inputs.mask, "use_cache": False}
+
+    def bare() -> None:
+        with torch.no_grad():
+            model.hf(**plain)
+
+    def attribute(level: Any, draws: int = 0) -> Any:
+        return neuron_attribution.method.function(model, inputs, level=level, k=LEVELS[level], draws=draws)  # type: ignore[attr-defined]
+
+    candidates: dict[str, Any] = {"bare": bare}
+    for level in LEVELS:
+        candidates[level] = lambda level=level: attribute(level)
+    candidates["neuron with proof"] = lambda: attribute("neuron", 5)
+    seconds = interleaved(candidates, runs=runs)
+    figures: dict[str, Any] = {name: ratio(seconds, name, "bare") for name in candidates if name != "bare"}
+    figures["bare_seconds"] = medians(seconds)["bare"]
+    figures["evaluated"] = {
+        level: attribute(level).notes[0] for level in ("neuron", "attention-neuron", "head", "head-position")
+    }
+    start = time.perf_counter()
+    brute(model, inputs)
+    figures["brute force (from a share)"] = (time.perf_counter() - start) / BRUTE_PART / figures["bare_seconds"]
+    return figures
+
+
+def main(runs: int = 5) -> None:
+    """Measure, print, keep."""
+    torch.set_num_threads(1)
+    model = gpt2()
+    model.anatomy()
+    bare = model.inputs(torch.arange(16)[None])
+    model(bare)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    figures: dict[str, Any] = {f"T={length}": measured(model, length, runs) for length in LENGTHS}
+    figures["peak_mib_over_a_forward"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    figures["bars"] = BARS
+    path = keep("attribution", figures, "times a bare forward pass; k = " + str(LEVELS) + "; one thread")
+    for length in LENGTHS:
+        for name, value in figures[f"T={length}"].items():
+            print(f"T={length}", name, value if isinstance(value, dict) else f"{value:.2f}")
+    print("peak over a forward, MiB:", figures["peak_mib_over_a_forward"], path.name)
+
+
+if __name__ == "__main__":
+    main()
