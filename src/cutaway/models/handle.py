@@ -254,7 +254,7 @@ class Model:
         parsed = [parse_intervention(item) if isinstance(item, str) else item for item in items]
         named = [(item, self._site(item.at) if isinstance(item.at, str) else None) for item in parsed]
         placed = [item if site is None else replace(item, at=site) for item, site in named]
-        return [Done(site, item, growing) for item in placed for site in self.expand(item.site, inputs)]
+        return [Done(site, item, growing) for item in placed for site in self.expand(item.at, inputs)]
 
     @contextmanager
     def doing(self, do: InterventionLike | Iterable[InterventionLike], inputs: Inputs | None = None) -> Iterator[Model]:
