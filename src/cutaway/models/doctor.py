@@ -25,7 +25,7 @@ EXACT = 0.0
 CLOSE = 1e-5
 RESIDUAL = 1e-6
 GRADIENT = 2e-2
-STEPS = (1e-2, 3e-3, 1e-3, 3e-4)
+STEPS = (1e-2, 1e-3, 3e-3, 1e-3, 3e-4)  # each along a direction of its own
 
 
 @dataclass(frozen=True)
