@@ -148,6 +148,11 @@ class Parts:
         return max(gaps)
 
 
+def unpadded(inputs: Inputs) -> Inputs:
+    """One prompt without its padding, so that positions count its tokens."""
+    return inputs.row(0) if inputs.padded else inputs
+
+
 def take_apart(model: WatchedModel, inputs: Inputs, n_reads: int, level: Level, extra: Sequence[str] = ()) -> Parts:
     """The parts of a run of one prompt, at its last ``n_reads`` positions.
 

@@ -16,7 +16,7 @@ from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation
 from cutaway.ops.draws import Draws, prove, sizes
 from cutaway.ops.importance import Goal, Ranked, layer_scores, top_elements
-from cutaway.ops.parts import Parts, take_apart
+from cutaway.ops.parts import Parts, take_apart, unpadded
 from cutaway.ops.readout import Head
 from cutaway.ops.watched import rounding
 from cutaway.results.ranking import Ranking
@@ -76,7 +76,7 @@ def neuron_attribution(
         UnsupportedError: layers that do not add to the residual stream, or a readout that is not understood.
         ParameterError: ``then`` together with ``versus``, or without a target.
     """
-    batch = model.inputs(prompt, image)
+    batch = unpadded(model.inputs(prompt, image))
     if versus is not None and then:
         raise ParameterError("parameter 'versus'", "'then' is given too", "contrast one token at a time")
     if target is None and then:

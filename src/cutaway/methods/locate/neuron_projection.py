@@ -10,7 +10,7 @@ from cutaway.core.method import method
 from cutaway.core.params import Count, Image, Prompt, Sites, Target
 from cutaway.core.proof import Check
 from cutaway.models.handle import Model
-from cutaway.ops.parts import Group, Level, Parts, take_apart
+from cutaway.ops.parts import Group, Level, Parts, take_apart, unpadded
 from cutaway.ops.readout import FrozenReadout, Head
 from cutaway.ops.topk import BLOCK
 from cutaway.ops.units import Unit
@@ -58,7 +58,7 @@ def neuron_projection(
     if (ranking is None) == (sites is None):
         found = "neither is given" if ranking is None else "both are given"
         raise ParameterError("parameters 'ranking' and 'sites'", found, "give one of them")
-    batch = model.inputs(prompt, image)
+    batch = unpadded(model.inputs(prompt, image))
     if ranking is not None:
         units = [Unit.parse(item) for item in ranking.items[:most]]
     else:

@@ -17,6 +17,7 @@ from cutaway.core.site import Site
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation, Effect
 from cutaway.ops.draws import Draws, proof_of, sizes
+from cutaway.ops.parts import unpadded
 from cutaway.ops.units import Unit
 from cutaway.results.ranking import Ranking
 from cutaway.results.series import Series
@@ -76,7 +77,7 @@ def ablate(
     if (ranking is None) == (sites is None):
         found = "neither is given" if ranking is None else "both are given"
         raise ParameterError("parameters 'ranking' and 'sites'", found, "give one of them")
-    batch = model.inputs(prompt, image)
+    batch = unpadded(model.inputs(prompt, image))
     if target is None:
         target = int(model(batch)[0, batch.last[0]].argmax())
     ids = [target, *(then or ())]

@@ -1,5 +1,7 @@
 """Scores against arithmetic, against plain recomputation, and across architectures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -146,6 +148,18 @@ def test_the_proof_is_against_five_draws_and_is_repeatable():
     assert found.proof.holds, str(found.proof)
     again = neuron_attribution(model, "Ada plays", level="neuron")
     assert not found.same_as(again)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("level", ["head-position", "neuron"])
+def test_padding_moves_nothing(level, side):
+    model = Model(tiny("LlamaForCausalLM").hf)
+    longer = model.inputs([IDS, [*IDS, 1, 2]], padding_side=side)
+    rows = {name: getattr(longer, name)[:1] for name in ("ids", "mask", "tokens", "roles")}
+    padded = replace(longer, **rows, extra={name: value[:1] for name, value in longer.extra.items()})
+    assert padded.padded
+    found = neuron_attribution(model, padded, level=level, k=8)
+    assert not found.same_as(neuron_attribution(model, IDS, level=level, k=8))
 
 
 def test_saved_and_opened(tmp_path):
