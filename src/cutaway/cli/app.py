@@ -49,6 +49,7 @@ def app(words: Sequence[str] = ()) -> typer.Typer:
     specimen = typer.Typer(name="specimen", help="One of the models that come with Cutaway.", rich_markup_mode="rich")
     specimen.callback()(_listed)
     specimen.command("show")(specimen_show)
+    specimen.command("train")(specimen_train)
     made.add_typer(specimen, rich_help_panel="Models")
     return made
 
@@ -147,24 +148,36 @@ def list_methods(json: Json = False) -> None:
 
 def list_specimens(json: Json = False) -> None:
     """The models that come with Cutaway."""
-    from cutaway import specimens
+    from cutaway.specimens.show import listing
 
-    cards = [specimens.card(name) for name in specimens.names()]
-    rows = [{"specimen": c.name, "parameters": c.parameters, "what it is": c.title} for c in cards]
-    show_rows(rows, json)
+    show_rows(listing(), json)
 
 
 def specimen_show(name: Annotated[str, typer.Argument(metavar="NAME")], json: Json = False) -> None:
     """The card of a specimen: what it can do, how it was made, what is known about its insides."""
     from cutaway import specimens
+    from cutaway.specimens.show import described
 
-    card = specimens.card(name)
     if json:
-        show_json(card)
+        show_json(specimens.card(name))
     else:
-        from dataclasses import asdict
+        show_lines(*described(name).splitlines())
 
-        show_rows([{"what": key, "value": value} for key, value in asdict(card).items()], False)
+
+def specimen_train(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    checkpoints: Annotated[int, typer.Option(min=2, help="How many checkpoints to keep, log-spaced.")] = 24,
+    seed: Annotated[int | None, typer.Option(help="Another draw of weights and of the order of the text.")] = None,
+    json: Json = False,
+) -> None:
+    """Train a specimen by its recipe and keep checkpoints; goes on where an earlier run was stopped."""
+    from cutaway.specimens.show import train
+
+    made = train(name, checkpoints=checkpoints, seed=seed)
+    if json:
+        show_json({"folder": str(made.folder), "revisions": made.revisions, "complete": made.is_complete})
+    else:
+        show_lines(*made.revisions)
 
 
 def version(json: Json = False) -> None:

@@ -17,6 +17,7 @@ from cutaway.models.attention import additive_mask
 from cutaway.models.handle import Model
 from cutaway.models.interface import ATTENTION
 from cutaway.models.plan import Layer
+from cutaway.models.watch import intervened
 
 DROPPED = ("position_ids", "cache_position")
 """Arguments of attention functions that the functions used here do not read."""
@@ -136,6 +137,8 @@ def why_not(model: Model, inputs: Inputs) -> str:
     anatomy = model.anatomy(inputs)
     if len(inputs) != 1:
         return f"the inputs are {len(inputs)} rows"
+    if intervened(model.hf):
+        return "interventions are on around it"
     if "readout" in anatomy.refused or not anatomy.tail:
         return anatomy.refused.get("readout", "the way to the logits is not known")
     for i, layer in enumerate(anatomy.stacks[""]):

@@ -19,7 +19,8 @@ from cutaway.core.intervention import Intervention, Where
 from cutaway.core.site import KINDS, Site
 from cutaway.engine.base import Base, LayerCall
 from cutaway.engine.rows import CannotReplayError, Reach
-from cutaway.models.handle import Model, is_transposed
+from cutaway.models.handle import Model
+from cutaway.models.plan import is_transposed
 from cutaway.models.region import Region, Window
 
 INSIDE = ("attn.q", "attn.k", "attn.v")

@@ -16,7 +16,8 @@ from cutaway.core.metric import Metric
 from cutaway.core.site import KINDS
 from cutaway.core.trace import Trace
 from cutaway.models.handle import Model
-from cutaway.models.plan import Anatomy, Layer, is_transposed
+from cutaway.models.plan import Layer, is_transposed
+from cutaway.models.sites import refusals
 
 if TYPE_CHECKING:
     from cutaway.results.table import Table
@@ -278,7 +279,7 @@ def examine(model: Model, inputs: Inputs | None = None) -> list[Finding]:
     Raises:
         UnsupportedError: the model cannot be watched at all. WeightsError: its weights are not finite.
     """
-    batch = inputs if inputs is not None else model.encoder.sample()
+    batch = inputs or model.encoder.image_sample() or model.encoder.sample()
     return Examination(model, batch).findings()
 
 
@@ -291,9 +292,10 @@ def doctor(model: Model, inputs: Inputs | None = None) -> Table:
     """
     from cutaway.results.table import Table
 
+    inputs = inputs or model.encoder.image_sample()
     found = examine(model, inputs)
     anatomy = model.anatomy(inputs)
-    refused = sorted(f"{site}: {why}" for site, why in refusals(anatomy, "vision" in anatomy.stacks).items())
+    refused = sorted(f"{site}: {why}" for site, why in refusals(anatomy).items())
     return Table(
         title=f"doctor: {model.name} ({type(model.hf).__name__}, {model.dtype})",
         columns={
@@ -306,25 +308,6 @@ def doctor(model: Model, inputs: Inputs | None = None) -> Table:
         },
         notes=tuple(f"refused: {line}" for line in refused),
     )
-
-
-def refusals(anatomy: Anatomy, image: bool) -> dict[str, str]:
-    """Reason per refused site, leaving out what the structure cannot have.
-
-    Left out: experts where there are none, resid_mid in parallel blocks, mlp.act in mixtures of experts (expert.act is
-    there), dictionaries, and the vision side of models that take no image.
-    """
-    found: dict[str, str] = {k: v for k, v in anatomy.refused.items() if k != "sae" and (image or k != "projector")}
-    for scope, layers in anatomy.stacks.items():
-        for layer in layers:
-            absent = {"sae"} | ({"resid_mid"} if layer.parallel else set())
-            absent |= {"mlp.in", "mlp.act"} if layer.experts else {"expert.gate", "expert.act"}
-            for kind, why in layer.refused.items():
-                if kind not in absent:
-                    found.setdefault(f"{scope}/{kind}" if scope else kind, why)
-    if image and "vision" not in anatomy.stacks:
-        found["vision/"] = "no layers of a vision tower were found"
-    return found
 
 
 def sentence(error: BaseException) -> str:

@@ -270,6 +270,16 @@ class Encoder:
         ids = ids if len(ids) == n else [i % self.vocabulary_size for i in range(n)]
         return self._from_rows([ids], "right")
 
+    def image_sample(self) -> Inputs | None:
+        """A word and a grey image, so that the vision tower runs once; None when there is no image processor."""
+        if getattr(self.processor, "image_processor", None) is None:
+            return None
+        from PIL import Image
+
+        size = getattr(getattr(self.config, "vision_config", None), "image_size", None)
+        side = size if isinstance(size, int) and size > 0 else 64
+        return self.encode("a", Image.new("RGB", (side, side), "grey"))
+
 
 def _what(value: Any) -> str:
     empty = value is None or (hasattr(value, "__len__") and len(value) == 0)

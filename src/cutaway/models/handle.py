@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutaway.core.errors import InputError, ModelError, SiteMissingError, UnsupportedError
+from cutaway.core.errors import CutawayError, ImageError, InputError, ModelError, SiteMissingError, UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Intervention, parse_intervention
 from cutaway.core.metric import Metric
 from cutaway.core.site import Site, SiteLike
 from cutaway.core.trace import Trace
 from cutaway.models.encode import Encoder
-from cutaway.models.plan import Anatomy, Layer
-from cutaway.models.plan import is_transposed as is_transposed
+from cutaway.models.plan import Anatomy, Layer, is_transposed
 from cutaway.models.probe import probe
 from cutaway.models.region import Window, window_of_call
 from cutaway.models.selfcheck import check_watched, random_numbers_kept
@@ -128,7 +127,7 @@ class Model:
     def _read_anatomy(self, sample: Inputs, image: bool) -> None:
         known = self._anatomy, self._saw_image
         try:
-            with asleep(self.hf):
+            with asleep(self.hf), images_explained(sample):
                 with random_numbers_kept(self.device):
                     self._anatomy, self._saw_image = probe(self.hf, self._kwargs(sample)), image
                 check_watched(self, sample)
@@ -175,10 +174,14 @@ class Model:
     def _kwargs(self, inputs: Inputs) -> dict[str, Any]:
         return {**inputs.kwargs(self.device), **({"use_cache": False} if self._takes_cache else {})}
 
+    def _forward(self, inputs: Inputs) -> Any:
+        with images_explained(inputs):
+            return self.hf(**self._kwargs(inputs)).logits
+
     def __call__(self, inputs: Any) -> Tensor:
         """[batch, pos, vocab] logits of a plain forward pass."""
         with torch.no_grad():
-            logits: Tensor = self.hf(**self._kwargs(self.inputs(inputs))).logits
+            logits: Tensor = self._forward(self.inputs(inputs))
         return logits
 
     def trace(
@@ -224,7 +227,7 @@ class Model:
         logits: Tensor | None = None
         with torch.set_grad_enabled(bool(grad)), watch:
             try:
-                logits = self.hf(**self._kwargs(batch)).logits
+                logits = self._forward(batch)
             except Stop:
                 logits = None
         missing = [s for s in sites if s not in watch.values]
@@ -325,6 +328,19 @@ class Model:
             for step in anatomy.tail:
                 x = step.run(self.hf, x)
         return x.reshape(*resid.shape[:-1], x.shape[-1])
+
+
+@contextmanager
+def images_explained(inputs: Inputs) -> Iterator[None]:
+    """A model's own complaint about its images becomes an ImageError that names their sizes."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if not inputs.images or isinstance(error, CutawayError):
+            raise
+        sizes = ", ".join(f"{image.width}x{image.height}" for image in inputs.images)
+        found = f"the model refused them: {str(error).splitlines()[0].rstrip('.')}"
+        raise ImageError(f"image of {sizes} pixels", found, "resize it to what the model takes") from error
 
 
 def weights_digest(name: str, weights: Mapping[str, Tensor]) -> str:

@@ -88,13 +88,33 @@ def _unlayered(kind: str, anatomy: Anatomy) -> SiteInfo:
     return SiteInfo(kind, axes, KINDS[kind].equation, transformer_lens(kind), f"{tap.where} {tap.module}")
 
 
+def refusals(anatomy: Anatomy, image: bool | None = None) -> dict[str, str]:
+    """Reason per refused site, leaving out what the structure cannot have.
+
+    Left out: experts where there are none, resid_mid in parallel blocks, mlp.act in mixtures of experts (expert.act is
+    there), dictionaries, and the vision side of models that take no image (``image``; by default, that show none).
+    """
+    image = "vision" in anatomy.stacks if image is None else image
+    found: dict[str, str] = {k: v for k, v in anatomy.refused.items() if k != "sae" and (image or k != "projector")}
+    for scope, layers in anatomy.stacks.items():
+        for layer in layers:
+            absent = {"sae"} | ({"resid_mid"} if layer.parallel else set())
+            absent |= {"mlp.in", "mlp.act"} if layer.experts else {"expert.gate", "expert.act"}
+            for kind, why in layer.refused.items():
+                if kind not in absent:
+                    found.setdefault(f"{scope}/{kind}" if scope else kind, why)
+    if image and "vision" not in anatomy.stacks:
+        found["vision/"] = "no layers of a vision tower were found"
+    return found
+
+
 def site_table(model: Model) -> Table:
     """One row per site of a model: shape with named axes, equation, TransformerLens' name, module path."""
     from cutaway.results.table import Table
 
-    anatomy = model.anatomy()
+    anatomy = model.anatomy(model.encoder.image_sample())
     rows = list(sites(anatomy))
-    refused = sorted({f"{k}: {why}" for layer in model.layers for k, why in layer.refused.items() if k != "sae"})
+    refused = sorted(f"{site}: {why}" for site, why in refusals(anatomy).items())
     return Table(
         title=f"sites of {model.name} ({type(model.hf).__name__})",
         columns={

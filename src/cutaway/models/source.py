@@ -32,17 +32,21 @@ class Source:
 def locate(ref: str | Path, revision: str | None = None, trust_pickle: bool = False) -> Source:
     """The folder of a specimen, a local folder, or a hub id (``org/name`` or ``org/name@revision``), in this order.
 
+    ``town@step-400`` is a checkpoint of a series that was trained here (``cutaway specimen train town``).
     Files of the hub are taken from its cache when they are there, or when offline mode is on.
 
     Raises:
         LoadError: none of these; no network and nothing cached; no access; no such revision.
     """
     from cutaway import specimens
+    from cutaway.specimens.making.plans import trainable
 
     text = str(ref)
-    if text in specimens.names():
-        _no_revision(text, revision, "a specimen")
-        return Source(specimens.path(text), text)
+    name, _, at = text.partition("@")
+    if name in specimens.names() or ((at or revision) and name in trainable()):
+        if at and revision is not None and at != revision:
+            raise LoadError(f"model '{text}'", f"revision={revision!r} says another revision", "give one of the two")
+        return Source(specimens.path(name, at or revision), f"{name}@{at or revision}" if at or revision else name)
     path = Path(text).expanduser()
     if path.is_dir():
         _no_revision(text, revision, "a local folder")

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from cutaway.core.errors import CutawayError
 from cutaway.core.progress import track
-from cutaway.models.doctor import examine, refusals, sentence
+from cutaway.models.doctor import examine, sentence
 from cutaway.models.handle import Model
+from cutaway.models.sites import refusals
 from cutaway.models.tiny import architectures, tiny
 
 Status = Literal["verified", "partly", "cannot be built"]

@@ -17,7 +17,7 @@ def listing() -> list[dict[str, str]]:
         figures = ", ".join(f"{figure} {value:.2f}" for figure, value in card.accuracies.items())
         rows.append(
             {
-                "name": name,
+                "specimen": name,
                 "kind": card.kind,
                 "size": f"{card.size / 1e6:.1f} MB",
                 "skills": ", ".join(card.skills),

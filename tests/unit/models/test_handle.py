@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cutaway.core.errors import (
+from cutaway.core.errors import ImageError, (
     CutawayError,
     InputError,
     InterventionError,
@@ -155,3 +155,14 @@ def test_a_padded_batch_does_not_make_the_anatomy_be_read_again() -> None:
     first = of.anatomy()
     of.trace(of.inputs(list(ROWS), padding_side="left"), want="L0.resid_post")
     assert of.anatomy() is first
+
+
+def test_an_image_that_the_model_refuses_is_named_with_its_size() -> None:
+    from PIL import Image
+
+    from cutaway.models.load import load
+
+    model = load("scenes")
+    with pytest.raises(ImageError, match="50x70"):
+        model.trace(model.inputs("what is it?", Image.new("RGB", (50, 70))), want="L0.resid_post")
+    model.trace(model.inputs("what is it?", Image.new("RGB", (48, 48))), want="vision/L0.resid_post")

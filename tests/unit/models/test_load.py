@@ -169,7 +169,7 @@ def test_layers_are_spread_only_by_accelerate(original: Path, monkeypatch: pytes
 
 def test_only_the_hub_has_revisions(original: Path) -> None:
     refused(LoadError, original, "'v2'", "a local folder has no revisions", revision="v2")
-    refused(LoadError, specimens.names()[0], "a specimen has no revisions", revision="v2")
+    refused(LoadError, specimens.names()[0], "none is kept", revision="v2")
     refused(LoadError, "org/name@v1", "says another revision", revision="v2")
 
 

@@ -7,7 +7,7 @@ from cutaway.specimens import show
 
 
 def test_the_list_has_every_specimen_with_size_skills_and_accuracies():
-    rows = {row["name"]: row for row in show.listing()}
+    rows = {row["specimen"]: row for row in show.listing()}
     assert set(rows) == set(specimens.names())
     assert rows["town"]["size"].endswith(" MB")
     assert "facts" in rows["town"]["skills"]
