@@ -200,8 +200,8 @@ def _compare(model: Model, base: Base, walk: Walk, entries: Sequence[Entry], rea
     try:
         runs, rows = walk(probes)
         found = model.unembed(rows)
-    except Exception as error:  # noqa: BLE001  whatever packed rows make a layer raise is a reason not to pack them
-        return f"its layers do not take packed rows: {type(error).__name__}: {' '.join(str(error).split())}"
+    except Exception as problem:  # noqa: BLE001  whatever packed rows make a layer raise is a reason not to pack them
+        return f"its layers do not take packed rows: {type(problem).__name__}: {' '.join(str(problem).split())}"
     at = list(reads)
     plain = model(base.inputs)[0, at]
     for run, logits in zip(runs, found, strict=True):

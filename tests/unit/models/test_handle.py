@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cutaway.core.errors import ImageError, (
+from cutaway.core.errors import (
     CutawayError,
+    ImageError,
     InputError,
     InterventionError,
     MismatchError,
