@@ -9,6 +9,7 @@ Target        the token's text (outer spaces count), or ``#11``           its id
 Sites         ``L*.resid_post, L3.attn.z[5]``                             list of Site
 MetricLike    ``logit_diff: #11, #22``                                    Metric
 Layers        ``*``, ``3``, ``0-5+-1``                                    list of layer numbers
+TowerLayers   as Layers                                                   Items or ``*``, for the tower meant
 Positions     ``-1``, ``0-3+7``, ``image``, ``all``                       Items or role, for ``Inputs.select``
 Image         a file                                                      PIL image
 Interventions ``zero L3.attn.z[5], scale L2.mlp.out 0.5``                 list of Intervention
@@ -37,6 +38,7 @@ from cutaway.core.forms.places import (
     PositionsForm,
     SitesForm,
     TargetForm,
+    TowerLayersForm,
 )
 
 # To a type checker these are Any: callers write text where the body receives a value.
@@ -47,6 +49,7 @@ Sites = Annotated[Any, SitesForm()]
 MetricLike = Annotated[Any, MetricForm()]
 Positions = Annotated[Any, PositionsForm()]
 Layers = Annotated[Any, LayersForm()]
+TowerLayers = Annotated[Any, TowerLayersForm()]
 Image = Annotated[Any, ImageForm()]
 Interventions = Annotated[Any, InterventionsForm()]
 Count = Annotated[int, annotated_types.Ge(1)]
@@ -114,6 +117,7 @@ __all__ = [
     "MetricLike",
     "Positions",
     "Layers",
+    "TowerLayers",
     "Image",
     "Interventions",
     "Count",

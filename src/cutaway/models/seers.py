@@ -112,20 +112,20 @@ class AttentionSeer:
         if self.watch.window.growing:
             self._first_key = max(0, self.watch.window.start + query.shape[-2] - key.shape[-2])
         query, key, value = self._swap("q", query), self._swap("k", key, True), self._swap("v", value, True)
-        mask = args[0] if args else kwargs.pop("attention_mask", None)
+        mask, rest = (args[0], args[1:]) if args else (kwargs.pop("attention_mask", None), ())
         if self._wants("scores", "pattern"):
             probe = SoftmaxProbe(key.shape[-2], lambda x: self._see("scores", x), lambda x: self._see("pattern", x))
             plain = native is own
             eager_mask = mask if plain else additive_mask(module, mask, query, key, kwargs)
             if plain or self.watch.changes(self.scope, self.layer, "attn.scores", "attn.pattern"):
                 with probe:
-                    out = own(module, query, key, value, eager_mask, **kwargs)
+                    out = own(module, query, key, value, eager_mask, *rest, **kwargs)
             else:
-                out = native(module, query, key, value, mask, **kwargs)
+                out = native(module, query, key, value, mask, *rest, **kwargs)
                 with _same_draws(module, query), probe:
-                    own(module, query, key, value, eager_mask, **kwargs)
+                    own(module, query, key, value, eager_mask, *rest, **kwargs)
         else:
-            out = native(module, query, key, value, mask, **kwargs)
+            out = native(module, query, key, value, mask, *rest, **kwargs)
         z = self._swap("z", out[0]) if self.attention.z_heads_first else self._see("z", out[0])
         if self.chunked:
             self.offset += query.shape[2]

@@ -58,6 +58,7 @@ CASES = [
     *[(params.Prompt, text) for text in [*ODD, *READ_AS_IDS]],
     (params.Prompt, [12, 7, 99]),
     (params.Prompt, torch.tensor([3, 4])),
+    (params.Prompt, torch.tensor([[3, 4]])),
     (params.Prompt, np.array([3])),
     *[(params.Prompts, text) for text in [*ODD, *READ_AS_IDS]],
     (params.Prompts, ODD),

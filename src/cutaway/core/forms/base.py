@@ -194,8 +194,10 @@ def quoted(item: str) -> str:
 
 
 def as_ids(given: Any) -> tuple[int, ...] | None:
-    """Token ids of a list or 1-d tensor of whole numbers; None when it is not one."""
+    """Token ids of a list or tensor of whole numbers, [pos] or one row [1, pos]; None when it is not one."""
     plain = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(plain, list | tuple) and len(plain) == 1 and isinstance(plain[0], list | tuple):
+        plain = plain[0]
     if not isinstance(plain, list | tuple) or not plain:
         return None
     return tuple(plain) if all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in plain) else None

@@ -115,6 +115,13 @@ class LayersForm(PositionsForm):
         return value.resolve(model.n_layers, "layer", f"layers '{value}'")
 
 
+class TowerLayersForm(LayersForm):
+    """Layers of a tower that another parameter names; the method resolves them."""
+
+    def value(self, value: Items | str, model: ModelLike) -> Items | str:
+        return value
+
+
 class InterventionsForm(Form):
     """Interventions to run under."""
 

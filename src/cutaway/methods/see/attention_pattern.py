@@ -8,7 +8,7 @@ import torch
 
 from cutaway.core.errors import ParameterError, SiteMissingError
 from cutaway.core.method import method
-from cutaway.core.params import Image, Layers, Prompt
+from cutaway.core.params import Image, Prompt, TowerLayers
 from cutaway.core.proof import Check
 from cutaway.core.site import Items, Site
 from cutaway.models.handle import Model
@@ -20,7 +20,7 @@ def attention_pattern(
     model: Model,
     prompt: Prompt,
     image: Image | None = None,
-    layers: Layers | None = None,
+    layers: TowerLayers | None = None,
     heads: list[int] | None = None,
     tower: Literal["text", "vision"] = "text",
 ) -> Pattern:
@@ -47,7 +47,11 @@ def attention_pattern(
     inputs = model.inputs(prompt, image)
     scope = "vision" if tower == "vision" else ""
     stack = model.anatomy(inputs).layers(scope, f"{scope or 'text'} layers")
-    chosen = [i for i, layer in enumerate(stack) if layer.has("attn.pattern")] if layers is None else layers
+    if layers is None:
+        chosen = [i for i, layer in enumerate(stack) if layer.has("attn.pattern")]
+    else:
+        every = layers == "*"
+        chosen = list(range(len(stack))) if every else layers.resolve(len(stack), "layer", f"layers '{layers}'")
     if not chosen:
         why = stack[0].refused["attn.pattern"]
         raise SiteMissingError(f"site 'L*.attn.pattern' of {model.name}", why, "this model has no patterns to show")

@@ -59,3 +59,10 @@ def test_the_vision_tower_has_patterns_of_its_own(name: str) -> None:
 def test_what_is_not_there_is_named() -> None:
     with pytest.raises(SiteRangeError, match="head 4 is not there: the valid heads are 0-3"):
         pattern("grouped-query", heads=[4])
+
+
+def test_layers_are_those_of_the_tower_that_is_named() -> None:
+    whole = pattern("llava", tower="vision")  # two layers, beside three of the language model
+    assert (pattern("llava", tower="vision", layers="-1").pattern == whole.pattern[[1]]).all()
+    with pytest.raises(SiteRangeError, match="valid layers are 0-1"):
+        pattern("llava", tower="vision", layers="2")
