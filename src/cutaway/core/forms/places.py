@@ -101,25 +101,22 @@ class PositionsForm(Form):
         return Items.of(listed)
 
 
-class LayersForm(PositionsForm):
-    """Layers of the model; '*' is all of them."""
+class TowerLayersForm(PositionsForm):
+    """Layers of a tower that another parameter names; the method resolves them. '*' is all of them."""
 
     name, says = "layers", "as '*', '3', '0-5' or '0+2+-1'"
 
     def parse(self, text: str) -> Items | str:
         return "*" if text.strip() == "*" else Items.parse(text, text)
 
+
+class LayersForm(TowerLayersForm):
+    """Layers of the language model; '*' is all of them."""
+
     def value(self, value: Items | str, model: ModelLike) -> list[int]:
         if isinstance(value, str):
             return list(range(model.n_layers))
         return value.resolve(model.n_layers, "layer", f"layers '{value}'")
-
-
-class TowerLayersForm(LayersForm):
-    """Layers of a tower that another parameter names; the method resolves them."""
-
-    def value(self, value: Items | str, model: ModelLike) -> Items | str:
-        return value
 
 
 class InterventionsForm(Form):
