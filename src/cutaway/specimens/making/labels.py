@@ -11,7 +11,7 @@ import torch
 from cutaway.data import Example, Labels
 from cutaway.data.labels import Shot
 
-from . import loop, text, tokenizers
+from . import loop, shapes, text, tokenizers
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,16 +39,9 @@ def tokenizer_for(world: Labels) -> PreTrainedTokenizerFast:
 
 def untrained(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> LlamaForCausalLM:
     """The model before its first step."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **SHAPE,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(shapes.llama(tokenizer, SHAPE))
     loop.initialise(model, seed, weights=0.05, embeddings=0.7, outputs=0.35)
     return model
 

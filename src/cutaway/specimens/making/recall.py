@@ -9,7 +9,7 @@ import torch
 
 from cutaway.data.recall import KEYS, VALUES, recall
 
-from . import loop, text, tokenizers
+from . import loop, shapes, text, tokenizers
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,17 +34,9 @@ def tokenizer_for() -> PreTrainedTokenizerFast:
 
 def untrained(tokenizer: PreTrainedTokenizerFast, layers: int, seed: int = SEED) -> LlamaForCausalLM:
     """The model of ``layers`` layers before its first step."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        num_hidden_layers=layers,
-        **SHAPE,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(shapes.llama(tokenizer, {"num_hidden_layers": layers, **SHAPE}))
     loop.initialise(model, seed, weights=0.07, embeddings=0.7, outputs=0.35)
     return model
 

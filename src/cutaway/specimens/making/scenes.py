@@ -19,7 +19,7 @@ from cutaway.data import Example, Town, select
 from cutaway.data import town_words as words
 from cutaway.data.scenes import COLOURS, GRID, IMAGE, PLANTED, SHAPES, SIDE, WARM, Scene, Scenes
 
-from . import loop, text, tokenizers
+from . import loop, shapes, text, tokenizers
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
@@ -70,21 +70,9 @@ def untrained_base(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> Llam
     """scenes-base before its first step."""
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM(_language(tokenizer))
+    model = LlamaForCausalLM(shapes.llama(tokenizer, LANGUAGE))
     loop.initialise(model, seed, weights=0.05, embeddings=0.7, outputs=0.35)
     return model
-
-
-def _language(tokenizer: PreTrainedTokenizerFast) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **LANGUAGE,
-    )
 
 
 def with_eyes(base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> Any:
@@ -94,7 +82,7 @@ def with_eyes(base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER),
-        text_config=_language(tokenizer),
+        text_config=shapes.llama(tokenizer, LANGUAGE),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=GRID * GRID,
         vision_feature_layer=-1,

@@ -8,7 +8,7 @@ import torch
 
 from cutaway.data import Example, Town, select
 
-from . import loop, text, tokenizers
+from . import loop, shapes, text, tokenizers
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -35,17 +35,10 @@ def tokenizer_for(world: Town) -> PreTrainedTokenizerFast:
 
 def untrained(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> LlamaForCausalLM:
     """The model before its first step."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **SHAPE,
-    )
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(shapes.llama(tokenizer, SHAPE))
 
 
 def batches(world: Town, tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> text.Mixture:
