@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -48,25 +49,30 @@ class Readout:
         """Bytes that scoring so many runs at once takes, within the budget."""
         return min(runs, self._runs) * self._bytes_per_run
 
+    @torch.no_grad()
     def __call__(self, rows: Tensor) -> Tensor:
         """[run] the metric of [run, read, d_model] rows of the last residual stream."""
-        return torch.cat([self._some(part) for part in rows.split(self._runs)])
+        return torch.cat([self.score(part) for part in rows.split(self._runs)])
 
-    def _some(self, rows: Tensor) -> Tensor:
+    def score(self, rows: Tensor) -> Tensor:
+        """[run] the metric of rows, at once, and with their graph where they have one."""
         if not self.few:
-            return self.metric.of(self.model.unembed(rows))
-        hf, x = self.model.hf, rows.reshape(1, -1, rows.shape[-1])
-        with torch.no_grad():
-            for step in self._tail[: self._head]:
-                x = step.run(hf, x)
-            head = hf.get_submodule(self._tail[self._head].module)
-            ids = torch.tensor(self.metric.ids, device=x.device)
-            bias = None if head.bias is None else head.bias[ids]  # type: ignore[index]
-            x = nn.functional.linear(x, head.weight[ids], bias)  # type: ignore[index]
-            for step in self._tail[self._head + 1 :]:
-                x = step.run(hf, x)
+            return self.metric.of(self.logits(rows))
         named = replace(self.metric, ids=tuple(range(len(self.metric.ids))))
-        return named.of(x.reshape(*rows.shape[:-1], -1))
+        return named.of(self.logits(rows, self.metric.ids))
+
+    def logits(self, rows: Tensor, ids: Sequence[int] | None = None) -> Tensor:
+        """[run, read, vocab] logits of rows, or those of ``ids`` alone (where ``few``)."""
+        hf, x = self.model.hf, rows.to(self.model.device, self.model.dtype).reshape(1, -1, rows.shape[-1])
+        for i, step in enumerate(self._tail):
+            x = self._named(x, ids) if ids is not None and i == self._head else step.run(hf, x)
+        return x.reshape(*rows.shape[:-1], -1)
+
+    def _named(self, x: Tensor, ids: Sequence[int]) -> Tensor:
+        head = self.model.hf.get_submodule(self._tail[self._head].module)
+        at = torch.tensor(ids, device=x.device)
+        bias = None if head.bias is None else head.bias[at]  # type: ignore[index]
+        return nn.functional.linear(x, head.weight[at], bias)  # type: ignore[index]
 
 
 def _elementwise(step: Step) -> bool:

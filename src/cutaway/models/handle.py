@@ -213,23 +213,11 @@ class Model:
         if metric is not None:
             batch = metric.prepare(batch)
         sites = list(dict.fromkeys(self.expand(want, batch)))
-        watch = Watch(
-            self.hf,
-            self.anatomy(batch),
-            sites,
-            self._do(do, batch),
-            window=Window(batch, batch.real),
-            attached=bool(grad),
-            device=torch.device(device) if device is not None else None,
-            dtype=dtype,
-            stop=stop and bool(sites) and not grad,
-        )
-        logits: Tensor | None = None
-        with torch.set_grad_enabled(bool(grad)), watch:
-            try:
-                logits = self._forward(batch)
-            except Stop:
-                logits = None
+        where = torch.device(device) if device is not None else None
+        with torch.set_grad_enabled(bool(grad)):
+            watch, logits = self.watched(
+                batch, sites, do, attached=bool(grad), stop=stop and bool(sites) and not grad, device=where, dtype=dtype
+            )
         missing = [s for s in sites if s not in watch.values]
         if missing:
             needs = "it did not run: the inputs bring no image" if not batch.extra else "it did not run in this pass"
@@ -241,6 +229,39 @@ class Model:
         if metric is None or logits is None:
             return Trace(batch, watch.values, logits, **about)
         return self._with_gradients(watch, batch, logits, metric, about)
+
+    def watched(
+        self,
+        inputs: Inputs,
+        sites: Iterable[Site],
+        do: InterventionLike | Iterable[InterventionLike] = (),
+        *,
+        attached: bool = False,
+        stop: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Watch, Tensor | None]:
+        """(the watch that one forward pass ran under, its logits): what ``trace`` is made of, for concrete sites.
+
+        The logits are None when it stopped. ``attached`` keeps the graph, where the caller has gradients enabled.
+        """
+        watch = Watch(
+            self.hf,
+            self.anatomy(inputs),
+            sites,
+            self._do(do, inputs),
+            window=Window(inputs, inputs.real),
+            attached=attached,
+            device=device,
+            dtype=dtype,
+            stop=stop,
+        )
+        with watch:
+            try:
+                logits: Tensor = self._forward(inputs)
+            except Stop:
+                return watch, None
+        return watch, logits
 
     def _with_gradients(
         self, watch: Watch, batch: Inputs, logits: Tensor, metric: Metric, about: dict[str, Any]

@@ -1,0 +1,134 @@
+"""Gradients of a metric at any sites: one forward and one backward pass, weights frozen, only what is read unembedded.
+
+    with differentiable(model, inputs, "L*.attn.z, L*.mlp.act") as run:
+        grads = run.gradients(metric)              # {site: gradient of the metric summed over rows}
+    run.values                                     # {site: activation}, there afterwards too
+
+With ``branches=True`` a gradient goes on to what one branch reads of the residual stream, and to nothing else:
+
+    with differentiable(model, inputs, "L*.resid_pre, L*.attn.q", branches=True) as run:
+        grads = run.gradients(metric)
+        site = Site.parse("L3.attn.q")
+        run.pull(site, grads[site])            # [batch, pos, head, d_model] at what each head's query reads
+
+``pull`` serves attn.q, attn.k and attn.v (per head; keys and values per key-value head) down to resid_pre, and mlp.in
+and mlp.out down to resid_mid (resid_pre where attention and MLP run side by side). Both ends must be wanted. Norms are
+differentiated, nothing is frozen. It is called inside the block, layer by layer: what it gives is as large as the
+residual streams of all heads together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from cutaway.core.errors import InputError, SiteMissingError
+from cutaway.core.inputs import Inputs
+from cutaway.core.metric import Metric
+from cutaway.core.site import Items, Site, SiteLike
+from cutaway.engine.branches import Branches
+from cutaway.engine.readout import Readout
+from cutaway.models.handle import InterventionLike, Model
+from cutaway.models.watch import Watch
+
+WHOLE = 2**62
+"""Bytes for scoring: all rows at once, since their graph is kept anyway."""
+
+
+@contextmanager
+def frozen(hf: nn.Module) -> Iterator[None]:
+    """While open, no parameter asks for a gradient; the flags are put back, also after an exception."""
+    asking = [p for p in hf.parameters() if p.requires_grad]
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
+
+
+class Run:
+    """One forward pass with its graph.
+
+    Attributes:
+        inputs: what ran. values: {site: activation} at the sites that were wanted, without their graph.
+    """
+
+    def __init__(
+        self, model: Model, inputs: Inputs, watch: Watch, end: Tensor, states: bool, branches: Branches | None
+    ) -> None:
+        self.model, self.inputs = model, inputs
+        self.values = {site: x.detach() for site, x in watch.values.items()}
+        self._watch, self._end, self._states, self._branches = watch, end, states, branches
+
+    def metric(self, metric: Metric) -> Tensor:
+        """[batch] the metric, with its graph."""
+        return (
+            Readout(self.model, metric, 1, WHOLE).score(self._read(metric))
+            if self._states
+            else (metric.of(self._read(metric)))
+        )
+
+    @torch.no_grad()
+    def logits(self, metric: Metric) -> Tensor:
+        """[batch, read, vocab] logits of the positions that a metric reads, without their graph."""
+        read = self._read(metric).detach()
+        return Readout(self.model, metric, 1, WHOLE).logits(read) if self._states else read
+
+    def gradients(self, metric: Metric, keep: bool = False) -> dict[Site, Tensor]:
+        """{site: gradient} of the metric's sum over rows at every wanted site; ``keep`` the graph to ask again."""
+        of = self.metric(metric).sum()
+        return self._watch.gradients(of, keep or self._branches is not None)
+
+    def pull(self, site: Site, gradient: Tensor) -> Tensor:
+        """The gradient at the residual stream as the branch at ``site`` reads it; see the module's first lines."""
+        if self._branches is None:
+            raise SiteMissingError(f"the gradient before '{site}'", "the run kept no branches", "pass branches=True")
+        return self._branches.pull(self._watch.values, site, gradient)
+
+    def _read(self, metric: Metric) -> Tensor:
+        """[batch, read, ...] the last residual stream, or the logits where its way to them is not known."""
+        at = torch.tensor(metric.reads(self.inputs), device=self._end.device)
+        return self._end[torch.arange(len(self.inputs), device=self._end.device)[:, None], at]
+
+
+@contextmanager
+def differentiable(
+    model: Model,
+    inputs: Inputs,
+    want: SiteLike | Iterable[SiteLike],
+    do: InterventionLike | Iterable[InterventionLike] = (),
+    *,
+    branches: bool = False,
+) -> Iterator[Run]:
+    """A forward pass whose gradients can be taken while the block is open; weights are frozen in it.
+
+    Args:
+        inputs: prepared (``metric.prepare``), of one or several rows.
+        want: the sites where values and gradients are wanted.
+        do: interventions. One that replaces what is wanted cuts it off from what came before, as it does in the run.
+        branches: keep what ``Run.pull`` needs.
+
+    Raises:
+        InputError: a site did not run. SiteError: it is not there.
+    """
+    anatomy = model.anatomy(inputs)
+    sites = list(dict.fromkeys(model.expand(want, inputs)))
+    states = bool(anatomy.tail) and "readout" not in anatomy.refused and all(s.kind != "final_norm" for s in sites)
+    end = Site("resid_post", Items.of(model.n_layers - 1))
+    kept = Branches(model) if branches else None
+    with frozen(model.hf), torch.enable_grad():
+        with kept.listening() if kept is not None else nullcontext():
+            both = dict.fromkeys([*sites, *([end] if states else [])])
+            watch, logits = model.watched(inputs, both, do, attached=True, stop=states)
+        missing = next((s for s in both if s not in watch.values), None)
+        if missing is not None:
+            raise InputError(f"site '{missing}'", "it did not run in this pass", "name another site")
+        found = watch.values[end] if states else logits
+        if found is None:
+            raise SiteMissingError("logits", "the model returned none", "")
+        yield Run(model, inputs, watch, found, states, kept)
