@@ -11,7 +11,8 @@ from torch import nn
 
 from cutaway.core.site import KINDS
 from cutaway.models.graph import Addend, LayerGraph
-from cutaway.models.plan import Layer, Tap
+from cutaway.models.intakes import mlp_intakes, value_intake
+from cutaway.models.plan import Attention, Intake, Layer, Step, Tap
 from cutaway.models.recorder import AttentionCall, Node
 
 RESIDUAL = ("resid_pre", "attn.out", "resid_mid", "mlp.out", "resid_post")
@@ -64,6 +65,7 @@ def read_layer(graph: LayerGraph) -> Layer:
             refused[kind] = f"{name} {why}"
     if isinstance(attention, str):
         refused |= dict.fromkeys((f"attn.{k}" for k in ("q", "k", "v", "scores", "pattern", "z")), attention)
+    intakes, activation, no_intake = _intakes(graph, calls, attention, w_out)
     expert_module = graph.root.get_submodule(experts) if experts else None
     if not experts:
         refused |= dict.fromkeys(
@@ -93,6 +95,9 @@ def read_layer(graph: LayerGraph) -> Layer:
         n_experts=int(expert_module.down_proj.shape[0]) if expert_module is not None else 0,  # type: ignore[index]
         d_expert=_d_expert(expert_module),
         refused=refused,
+        intakes=intakes,
+        activation=activation,
+        no_intake=no_intake,
     )
 
 
@@ -113,6 +118,27 @@ def _d_expert(module: nn.Module | None) -> int:
 def _set(read: dict[str, Tap], write: dict[str, Tap], kind: str, reader: Tap | None, writer: Tap | None) -> None:
     if reader is not None and writer is not None:
         read[kind], write[kind] = reader, writer
+
+
+def _intakes(
+    graph: LayerGraph, calls: list[AttentionCall], attention: Attention | str, w_out: str
+) -> tuple[dict[str, Intake], tuple[Step, ...], dict[str, str]]:
+    """How the layer takes the stream in, and why not where that is not told."""
+    intakes: dict[str, Intake] = {}
+    activation: tuple[Step, ...] = ()
+    why: dict[str, str] = {}
+    value = attention if isinstance(attention, str) else value_intake(graph, calls, attention.kv_heads)
+    if isinstance(value, str):
+        why["v"] = value
+    else:
+        intakes["v"] = value
+    mlp = mlp_intakes(graph, graph.frames[w_out].inputs[0][1]) if w_out else "it has no single output matrix"
+    if isinstance(mlp, str):
+        why["mlp"] = mlp
+    else:
+        intakes |= mlp[0]
+        activation = mlp[1]
+    return intakes, activation, why
 
 
 def _parts(graph: LayerGraph, addends: list[Addend], calls: list[AttentionCall]) -> list[tuple[str, Node, Addend]]:

@@ -96,7 +96,7 @@ class LayerGraph:
                         before = walk(trunk)
                         if before is not None:
                             return [*before, Addend(term, node, node)]
-            norm = next((p for p, _ in node.output_of if self._is_norm(p)), "")
+            norm = next((p for p, _ in node.output_of if self.is_norm(p)), "")
             if norm:
                 before = walk(self.frames[norm].inputs[0][1])
                 if before and not before[-1].norm:
@@ -113,7 +113,8 @@ class LayerGraph:
 
         return walk(self.end)
 
-    def _is_norm(self, path: str) -> bool:
+    def is_norm(self, path: str) -> bool:
+        """Whether the module at ``path`` is called a norm."""
         name = type(self.root.get_submodule(path)).__name__.lower()
         return path in self.frames and bool(self.frames[path].inputs) and ("norm" in name or name.endswith("ln"))
 
@@ -223,7 +224,7 @@ class LayerGraph:
             matrix = next((p for p, _ in node.output_of if self.linear(p)), "")
             if matrix:
                 return matrix
-            norm = next((p for p, _ in node.output_of if self._is_norm(p)), "")
+            norm = next((p for p, _ in node.output_of if self.is_norm(p)), "")
             if norm:
                 node = self.frames[norm].inputs[0][1]
             elif node.op in MOVE and node.inputs:

@@ -56,51 +56,6 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer: its taps, its writing matrices, what is refused and why.
-
-    Attributes:
-        path: module path of the layer.
-        read, write: tap per site kind; kinds of attention's insides and of experts are not in them.
-        attention: how it attends; None when it has no attention.
-        experts: path of the experts module; "" when it has none.
-        w_out, w_o: paths of the linear modules that write mlp.act and attn.z into the residual stream.
-        norms: module path of the norm applied to the sum (post-norm layers), per "attn" / "mlp".
-        parallel: attention and MLP read the same state, so there is no resid_mid.
-        d_model, d_mlp, n_experts, d_expert: sizes; 0 where there is none.
-        refused: reason per site kind.
-    """
-
-    path: str
-    read: Mapping[str, Tap]
-    write: Mapping[str, Tap]
-    attention: Attention | None
-    experts: str
-    w_out: str
-    w_o: str
-    norms: Mapping[str, str]
-    parallel: bool
-    d_model: int
-    d_mlp: int
-    n_experts: int
-    d_expert: int
-    refused: Mapping[str, str]
-
-    def changes(self, kind: str) -> bool:
-        """Whether ``attn.q`` or ``attn.k`` is here something else than its matrix's output."""
-        return self.attention is not None and kind in {f"attn.{side}" for side in self.attention.changed}
-
-    def has(self, kind: str) -> bool:
-        """Whether a layered site kind is here."""
-        return kind not in self.refused
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear module keeps its weight as [in, out] (GPT-2's Conv1D) and not [out, in]."""
-    return type(module).__name__ == "Conv1D"
-
-
-@dataclass(frozen=True)
 class Step:
     """One step from the last residual stream to the logits: a module, or a torch call with constants."""
 
@@ -118,6 +73,71 @@ class Step:
         if not isinstance(result, Tensor):
             raise TypeError(f"{getattr(func, '__name__', func)} gives no tensor")
         return result
+
+
+@dataclass(frozen=True)
+class Intake:
+    """A matrix through which a layer takes the residual stream in.
+
+    Attributes:
+        module: its path. rows: which of its outputs, in order, where a fused matrix makes more; None for all.
+        norm: module path of the norm in front of it; "" for none.
+    """
+
+    module: str
+    rows: tuple[int, ...] | None
+    norm: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its taps, the matrices that read and write the stream, what is refused and why.
+
+    Attributes:
+        path: module path of the layer.
+        read, write: tap per site kind; kinds of attention's insides and of experts are not in them.
+        attention: how it attends; None when it has no attention.
+        experts: path of the experts module; "" when it has none.
+        w_out, w_o: paths of the linear modules that write mlp.act and attn.z into the residual stream.
+        norms: module path of the norm applied to the sum (post-norm layers), per "attn" / "mlp".
+        parallel: attention and MLP read the same state, so there is no resid_mid.
+        d_model, d_mlp, n_experts, d_expert: sizes; 0 where there is none.
+        refused: reason per site kind.
+        intakes: the matrices that make its values ("v", by kv head and channel) and pre-activations ("up", "gate").
+        activation: steps from the gate's pre-activation, or that of an MLP without gate, to its activation.
+        no_intake: reason per "v" / "mlp".
+    """
+
+    path: str
+    read: Mapping[str, Tap]
+    write: Mapping[str, Tap]
+    attention: Attention | None
+    experts: str
+    w_out: str
+    w_o: str
+    norms: Mapping[str, str]
+    parallel: bool
+    d_model: int
+    d_mlp: int
+    n_experts: int
+    d_expert: int
+    refused: Mapping[str, str]
+    intakes: Mapping[str, Intake] = field(default_factory=dict)
+    activation: tuple[Step, ...] = ()
+    no_intake: Mapping[str, str] = field(default_factory=dict)
+
+    def changes(self, kind: str) -> bool:
+        """Whether ``attn.q`` or ``attn.k`` is here something else than its matrix's output."""
+        return self.attention is not None and kind in {f"attn.{side}" for side in self.attention.changed}
+
+    def has(self, kind: str) -> bool:
+        """Whether a layered site kind is here."""
+        return kind not in self.refused
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear module keeps its weight as [in, out] (GPT-2's Conv1D) and not [out, in]."""
+    return type(module).__name__ == "Conv1D"
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ class Probe:
             start = next((n for _, n in frame.inputs if n.tensor.is_floating_point()), frame.inputs[0][1])
             batch = self.batch if text else (1 if start.tensor.ndim == 2 else start.shape[0])
             graph = LayerGraph(self.hf, frame, inside, nodes, batch)
-            self.layers[frame.path] = read_layer(graph)
+            with self.recorder.paused():
+                self.layers[frame.path] = read_layer(graph)
             if text:
                 self.last = graph.end.tensor
         self.frames.clear()

@@ -1,0 +1,224 @@
+"""How a layer reads the residual stream: values, and pre-activations of its MLP, as linear maps of what is added up.
+
+Both are a matrix applied to the normed stream. With the norm frozen at the run's own states each becomes
+``sum over parts of (sub-key . part) + constant``: a sub-key is a row of the matrix taken back through the norm, a
+vector of the residual space. Checked on the run itself; what is not found again is refused.
+
+Source: Yu and Ananiadou (2024), "Neuron-level knowledge attribution in large language models", for the sub-keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cutaway.core.errors import UnsupportedError
+from cutaway.ops.norms import FrozenNorm, measure
+from cutaway.ops.watched import WatchedModel, rounding
+from cutaway.ops.writers import rows_of
+
+
+class Keys(NamedTuple):
+    """Sub-keys of k numbers at one position: what a part of the stream brings to number i is ``vectors[i] . part``.
+
+    Attributes:
+        vectors: [k, d]. constant: [k] what is there without any part: biases, and the norm's shift.
+    """
+
+    vectors: Tensor
+    constant: Tensor
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear map from the residual stream at P positions to ``out`` numbers, the norm in front of it frozen.
+
+    Attributes:
+        weight: [out, d] the matrix, in the model's dtype. norm: frozen; None without one.
+        constant: [out] what is read whatever the stream holds: biases, and the norm's shift through the matrix.
+        states: [P, d] the streams that it was frozen at.
+        error: largest gap to what the layer itself read, relative to the largest number of it.
+    """
+
+    weight: Tensor
+    norm: FrozenNorm | None
+    constant: Tensor
+    states: Tensor
+    error: float
+
+    def __call__(self, parts: Tensor) -> Tensor:
+        """[..., P, out] what vectors [..., P, d] that are added up in the stream bring; the constant is left out."""
+        normed = parts if self.norm is None else self.norm(parts)
+        return normed @ self.weight.float().T
+
+    def pull(self, g: Tensor) -> Tensor:
+        """[..., P, d] the transposed map of gradients [..., P, out]."""
+        back = g @ self.weight.float()
+        return back if self.norm is None else self.norm.pull(back)
+
+    def keys(self, index: Sequence[int], row: int) -> Keys:
+        """The sub-keys of some of the numbers at one of the P positions."""
+        at = torch.tensor(list(index), device=self.weight.device)
+        rows = self.weight[at].float()
+        if self.norm is not None:
+            rows = self.norm.norm.centred(self.norm.norm.gain * rows) * self.norm.inverse[row]
+        return Keys(rows, self.constant[at])
+
+
+@dataclass(frozen=True)
+class MlpReaders:
+    """How an MLP makes its activations: ``f(up)``, or ``f(gate) * up``, of what two readers read.
+
+    Attributes:
+        up, gate: the readers of the pre-activations; gate is None in an MLP without one.
+        read_up, read_gate: [P, d_mlp] the pre-activations of the run, constants included.
+        function: modules and calls that are f. root: the model they belong to.
+    """
+
+    up: Reader
+    gate: Reader | None
+    read_up: Tensor
+    read_gate: Tensor | None
+    function: Sequence[Any]
+    root: nn.Module
+
+    @property
+    def error(self) -> float:
+        """The larger error of the readers."""
+        return self.up.error if self.gate is None else max(self.up.error, self.gate.error)
+
+    def activation(self, up: Tensor, gate: Tensor | None) -> Tensor:
+        """[..., n] activations of pre-activations [..., n]."""
+        f = up if gate is None else gate
+        with torch.no_grad():
+            for step in self.function:
+                f = step.run(self.root, f)
+        return f.float() if gate is None else f.float() * up
+
+    def keys(self, index: Sequence[int], row: int) -> Keys:
+        """The sub-keys of some neurons' activations m at one of the P positions: they share m out, exactly.
+
+        Without a gate a part that brings u_i to the pre-activation U gets ``m u_i / U``; with one, both factors of
+        which must be there, ``m (u_i / U + g_i / G) / 2``. What is divided by zero gets nothing.
+        """
+        at = torch.tensor(list(index), device=self.read_up.device)
+        u = self.read_up[row, at]
+        g = None if self.read_gate is None else self.read_gate[row, at]
+        m = self.activation(u, g)
+        found = _scaled(self.up.keys(index, row), _over(m, u))
+        if self.gate is None or g is None:
+            return found
+        other = _scaled(self.gate.keys(index, row), _over(m, g))
+        return Keys((found.vectors + other.vectors) / 2, (found.constant + other.constant) / 2)
+
+
+def value_row(plan: Any, head: int, channel: int) -> int:
+    """The row of a layer's value reader that a channel of a query head takes its numbers from."""
+    attention = plan.attention
+    return int(head * attention.kv_heads // attention.heads) * int(attention.d_value) + channel
+
+
+def value_reader(model: WatchedModel, layer: int, x: Tensor, v: Tensor) -> Reader:
+    """How a layer's values are read from the stream; its numbers are channels of key-value heads, head by head.
+
+    Args:
+        x: [P, d] the residual stream before the layer at some positions of a run (``resid_pre``).
+        v: [P, kv_head, d_value] the values that its attention had there (``attn.v``).
+
+    Raises:
+        UnsupportedError: they are not a matrix of the normed stream, or the run's own values are not found again.
+    """
+    plan = model.layers[layer]
+    asked = f"how layer {layer} of {model.name} reads its values"
+    if "v" not in plan.intakes:
+        raise UnsupportedError(asked, plan.no_intake.get("v", "it did not run when the anatomy was read"), "")
+    reader, _, _ = _reader(model, plan.intakes["v"], x, asked)
+    return _checked(model, reader, [(reader(reader.states) + reader.constant, v.flatten(1))], asked)
+
+
+def mlp_readers(model: WatchedModel, layer: int, x: Tensor, normed: Tensor, act: Tensor) -> MlpReaders:
+    """How the pre-activations of a layer's MLP are read from the stream, and what makes activations of them.
+
+    Args:
+        x: [P, d] the state that the MLP reads at some positions of a run (``resid_mid``; ``resid_pre`` in parallel
+            blocks). normed: [P, d] ``mlp.in`` and act: [P, d_mlp] ``mlp.act`` of that run.
+
+    Raises:
+        UnsupportedError: they are not matrices of the normed stream, or the run's own activations are not found again.
+    """
+    plan = model.layers[layer]
+    asked = f"how layer {layer} of {model.name} reads its MLP's input"
+    if "up" not in plan.intakes:
+        raise UnsupportedError(asked, plan.no_intake.get("mlp", "it did not run when the anatomy was read"), "")
+    found: dict[str, tuple[Reader, Tensor]] = {}
+    for name in ("up", "gate"):
+        if name in plan.intakes:
+            reader, y, read = _reader(model, plan.intakes[name], x, asked)
+            gaps = [(reader(reader.states) + reader.constant, read), (y, normed)]
+            found[name] = _checked(model, reader, gaps, asked), read
+    up, read_up = found["up"]
+    gate, read_gate = found.get("gate", (None, None))
+    readers = MlpReaders(up, gate, read_up, read_gate, plan.activation, model.hf)
+    error = _gap(readers.activation(read_up, read_gate), act)
+    if not error <= rounding(model.dtype):
+        found_ = f"its activation function, applied to what was read, misses the activations by {error:.2g} of them"
+        raise UnsupportedError(asked, found_, "")
+    return readers
+
+
+def _reader(model: WatchedModel, intake: Any, x: Tensor, asked: str) -> tuple[Reader, Tensor, Tensor]:
+    """The reader of an intake, unchecked; what its matrix takes in at ``x``, and [P, out] what it gives for that."""
+    weight, bias = _matrix(model, intake)
+    x = x.float()
+    if weight.shape[1] != x.shape[1]:
+        found = f"their matrix takes {weight.shape[1]} numbers and the stream has {x.shape[1]}"
+        raise UnsupportedError(asked, found + ": more than a norm lies in between", "")
+    constant = torch.zeros(len(weight), device=x.device) if bias is None else bias.float()
+    if not intake.norm:
+        return Reader(weight, None, constant, x, 0.0), x, x @ weight.float().T + constant
+    module = model.hf.get_submodule(intake.norm)
+    with torch.no_grad():
+        y = module(x.to(model.dtype)).float()
+    norm = measure(module, x.shape[1], x.device, model.dtype, asked)
+    read = y @ weight.float().T + constant
+    constant = constant + weight.float() @ norm.shift
+    return Reader(weight, FrozenNorm(norm, norm.inverse_scale(x, y)), constant, x, 0.0), y, read
+
+
+def _matrix(model: WatchedModel, intake: Any) -> tuple[Tensor, Tensor | None]:
+    """([out, d] the rows of an intake's matrix, [out] its bias)."""
+    columns, bias = rows_of(model, intake.module)
+    weight, rows = columns.T, intake.rows
+    if rows is None:
+        return weight, bias
+    first, n = rows[0], len(rows)
+    which: slice | Tensor = slice(first, first + n)
+    if rows != tuple(range(first, first + n)):
+        which = torch.tensor(rows, device=weight.device)
+    return weight[which], None if bias is None else bias[which]
+
+
+def _checked(model: WatchedModel, reader: Reader, pairs: Sequence[tuple[Tensor, Tensor]], asked: str) -> Reader:
+    """The reader with its error: what it found, and what the run had."""
+    error = max(_gap(a, b) for a, b in pairs)
+    if not error <= rounding(model.dtype):
+        raise UnsupportedError(asked, f"the map found misses what the layer read by {error:.2g} of the largest", "")
+    return replace(reader, error=error)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    return float((a.float() - b.float()).abs().max()) / (float(b.abs().max()) or 1.0)
+
+
+def _over(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b == 0, torch.zeros_like(a), a / b)
+
+
+def _scaled(keys: Keys, by: Tensor) -> Keys:
+    return Keys(keys.vectors * by[:, None], keys.constant * by)
