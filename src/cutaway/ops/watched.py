@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cutaway.core.inputs import Inputs
 from cutaway.core.trace import Trace
 
 
@@ -40,6 +41,15 @@ class WatchedModel(Protocol):
     def n_layers(self) -> int: ...
     @property
     def layers(self) -> Sequence[Any]: ...
+    @property
+    def encoder(self) -> Any:
+        """What knows the vocabulary and the configuration."""
+        ...
+
+    def inputs(self, prompt: Any, image: Any = None) -> Inputs:
+        """Inputs of a text, ids or several of them."""
+        ...
+
     def anatomy(self, inputs: Any = None) -> Any:
         """The structure: ``stacks``, ``tail``, ``refused``."""
         ...
