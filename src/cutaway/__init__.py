@@ -29,6 +29,7 @@ _FACADE = {
     "rerun": "cutaway.catalog",
     "methods": "cutaway.catalog",
     "doctor": "cutaway.models.doctor",
+    "explain": "cutaway.explain",
 }
 _RENAMED = {"open": ("cutaway.results", "open_result"), "method": ("cutaway.core.method", "method")}
 

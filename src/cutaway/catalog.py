@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from cutaway.models.handle import Model
 
 PACKAGE = "cutaway.methods"
+COMPOSED = {"explain": "cutaway.explain"}
+"""Functions under ``@method`` that are made of methods: where each lies. They have no stage."""
 
 
 class Headline(NamedTuple):
@@ -37,6 +39,11 @@ def headlines() -> dict[str, Headline]:
     return _headlines(PACKAGE)
 
 
+def composed() -> dict[str, Headline]:
+    """What is made of several methods, by name; as ``headlines``, without importing it."""
+    return {name: _composed(name, module) for name, module in COMPOSED.items()}
+
+
 def methods() -> dict[str, Method]:
     """Every method's record by name, in the order of the stages."""
     return {name: get(name) for name in headlines()}
@@ -48,7 +55,7 @@ def get(name: str) -> Method:
     Raises:
         UnknownMethodError: there is none; names the nearest.
     """
-    known = headlines()
+    known = {**composed(), **headlines()}
     if name not in known:
         hint = nearest(name, known) or "'cutaway methods' lists them"
         raise UnknownMethodError(f"method {name!r}", f"there is none of that name among {len(known)}", hint)
@@ -171,6 +178,14 @@ def _headlines(package: str) -> dict[str, Headline]:
                 raise MethodError(f"method {name!r}", f"two have this name: {clash}", "rename one")
             found[name] = Headline(name, stage, summary, f"{package}.{stage}.{name}")
     return found
+
+
+@cache
+def _composed(name: str, module: str) -> Headline:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise MethodError(f"method {name!r}", f"there is no module {module}")
+    return Headline(name, "", _summary_of(Path(spec.origin), name) or "", module)
 
 
 def _summary_of(path: Path, name: str) -> str | None:

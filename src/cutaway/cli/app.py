@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cutaway import catalog
+from cutaway.cli import explain_command
 from cutaway.cli.method_command import function_of, help_of, safe
 from cutaway.cli.options import (
     Device,
@@ -27,6 +28,8 @@ DESCRIPTION = """Look inside language and vision-language models: see, locate, p
 
 A MODEL is a specimen that comes with Cutaway ('cutaway specimens'), a folder, or a hub id."""
 DIFFERENT = 1
+EXPLAIN = "explain"
+FIRST = "Begin here"
 
 
 def app(words: Sequence[str] = ()) -> typer.Typer:
@@ -36,6 +39,13 @@ def app(words: Sequence[str] = ()) -> typer.Typer:
     )
     made.callback()(everywhere)
     wanted = next((word for word in words if not word.startswith("-")), "")
+    for name, head in catalog.composed().items():
+        if name == wanted:
+            record = catalog.get(name)
+            of = explain_command.function_of if name == EXPLAIN else function_of
+            made.command(name, help=help_of(record), rich_help_panel=FIRST)(of(record))
+        else:
+            made.command(name, help=safe(head.summary), rich_help_panel=FIRST)(_listed)
     for name, head in catalog.headlines().items():
         panel = f"Methods: {head.stage}"
         if name == wanted:

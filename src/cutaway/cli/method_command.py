@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from cutaway.cli.output import check_targets, deliver
 from cutaway.core.errors import InputError, MethodError
 from cutaway.core.forms.base import Form
 from cutaway.core.method import Method, Parameter
+from cutaway.core.result import Result
 
 PARAMETERS = "Parameters"
 
@@ -33,28 +35,54 @@ def function_of(record: Method) -> Callable[..., None]:
         )
 
     def call(**given: Any) -> None:
-        out, overwrite = given.pop("out") or [], given.pop("overwrite")
-        as_json = given.pop("json")
-        params = {
-            name: text_of(parameter.form, given[name])
-            for name, parameter in record.parameters.items()
-            if given[name] is not None and given[name] != []
-        }
-        record.bind((), params)
-        check_targets(out, overwrite)
-        loading = {name: given[name] for name in ("dtype", "device", "revision", "trust_pickle")}
-        result = record.run(load_model(given["model"], **loading), **params)
-        deliver(result, out, as_json, overwrite)
+        run(record, given["model"], typed(record, given), given)
 
-    asked: list[tuple[str, Any, Any]] = [("model", ModelRef, inspect.Parameter.empty)]
+    return with_options(call, record, {"model": (ModelRef, inspect.Parameter.empty)})
+
+
+def with_options(
+    call: Callable[..., None],
+    record: Method,
+    first: Mapping[str, tuple[Any, Any]],
+    optional: Collection[str] = (),
+    more: Mapping[str, tuple[Any, Any]] | None = None,
+) -> Callable[..., None]:
+    """``call``, which takes any keywords, with the signature of a command.
+
+    Args:
+        first: annotation and default of what comes before the method's parameters, by name.
+        optional: parameters of the method that may be left out here. more: options beside those that all have.
+    """
+    asked: list[tuple[str, Any, Any]] = [(name, *option) for name, option in first.items()]
     for name, parameter in record.parameters.items():
-        asked.append((name, option_of(parameter), _default_of(parameter)))
-    asked += [(name, annotation, default) for name, (annotation, default) in SHARED.items()]
+        here = replace(parameter, required=parameter.required and name not in optional)
+        asked.append((name, option_of(here), _default_of(here)))
+    asked += [(name, *option) for name, option in {**SHARED, **(more or {})}.items()]
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a) for n, a, d in asked]
     )
     call.__annotations__ = {name: annotation for name, annotation, _ in asked}
     return call
+
+
+def typed(record: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's parameters as they were typed; those that were not are left out."""
+    return {
+        name: text_of(parameter.form, given[name])
+        for name, parameter in record.parameters.items()
+        if given[name] is not None and given[name] != []
+    }
+
+
+def run(record: Method, model: str, params: dict[str, Any], given: Mapping[str, Any]) -> Result:
+    """The method's result, delivered; ``given`` holds what every command has."""
+    out, overwrite = given["out"] or [], given["overwrite"]
+    record.bind((), params)
+    check_targets(out, overwrite)
+    loading = {name: given[name] for name in ("dtype", "device", "revision", "trust_pickle")}
+    result = record.run(load_model(model, **loading), **params)
+    deliver(result, out, given["json"], overwrite)
+    return result
 
 
 def option_of(parameter: Parameter) -> Any:

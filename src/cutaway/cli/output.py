@@ -30,6 +30,11 @@ def complain(sentence: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {sentence}", style="red"))
 
 
+def warn(sentence: str) -> None:
+    """One yellow line on standard error."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"warning: {sentence}", style="yellow"))
+
+
 def remark(sentence: str) -> None:
     """One line on standard error."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text(sentence, style="dim"))

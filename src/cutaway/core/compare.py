@@ -65,6 +65,13 @@ def compare(ours: Result, theirs: Result, rtol: float, atol: float) -> Differenc
         numbers(name, ours.dims()[name], mine[name], other[name])
     for name, a in ours.plain_fields().items():
         values(name, a, theirs.plain_fields()[name])
+    for field_name, parts in ours.held().items():
+        others = theirs.held()[field_name]
+        values(field_name, sorted(parts), sorted(others))
+        for part in parts.keys() & others.keys():
+            found = compare(parts[part], others[part], rtol, atol)
+            lines += [f"{part}: {line}" for line in found.lines]
+            largest |= {f"{part}/{name}": gap for name, gap in found.largest.items()}
     values("labels", ours.labels, theirs.labels)
     if ours.check and theirs.check:
         values("check", ours.check.name, theirs.check.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -35,6 +36,11 @@ class Provenance:
         """The Python that makes the result again."""
         arguments = "".join(f",\n    {name}={text!r}" for name, text in self.params.items())
         return f"cutaway.run({self.method!r}, cutaway.load({self.model!r}){arguments})"
+
+    def command(self) -> str:
+        """The command line that makes the result again."""
+        options = [word for name, text in self.params.items() for word in (f"--{name.replace('_', '-')}", text)]
+        return " ".join(["cutaway", self.method, *(shlex.quote(word) for word in (self.model, *options))])
 
 
 @dataclass(frozen=True, kw_only=True)

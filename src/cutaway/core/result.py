@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-__all__ = ["Array", "Check", "Difference", "Proof", "Provenance", "Result", "columns_over", "over"]
+__all__ = ["Array", "Check", "Difference", "Proof", "Provenance", "Result", "columns_over", "of_results", "over"]
 
 Array: TypeAlias = Any
 """In: anything array-like, torch tensors too. Out: a read-only numpy array (float32/64, int64, uint8, bool or str)."""
@@ -36,6 +36,11 @@ def over(*dims: str, named_by: str = "") -> dict[str, Any]:
 def columns_over(dim: str) -> dict[str, Any]:
     """``field(default_factory=dict, metadata=columns_over("item"))``: named 1-d arrays, all along ``dim``."""
     return {"dims": (dim,), "columns": True}
+
+
+def of_results() -> dict[str, Any]:
+    """``field(default_factory=dict, metadata=of_results())``: results of other kinds by name, for one made of several."""
+    return {"results": True}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -133,9 +138,14 @@ class Result(ABC):
         known = sorted({each for dims in self.dims().values() for each in dims})
         raise ResultError(f"dimension {dim!r}", f"this {self.kind} has {', '.join(known)}", nearest(dim, known))
 
+    def held(self) -> dict[str, dict[str, Result]]:
+        """The results that this one is made of, by field and name; empty for all kinds but those."""
+        fields = (spec.name for spec in dataclasses.fields(self) if "results" in spec.metadata)
+        return {name: dict(getattr(self, name)) for name in fields}
+
     def plain_fields(self) -> dict[str, Any]:
-        """Every field that is neither an array, nor labels, nor evidence."""
-        apart = {"labels", "made_by", "check", "proof", "notes"}
+        """Every field that is neither an array, nor a result, nor labels, nor evidence."""
+        apart = {"labels", "made_by", "check", "proof", "notes", *self.held()}
         return {
             spec.name: getattr(self, spec.name)
             for spec in dataclasses.fields(self)

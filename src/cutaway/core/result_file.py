@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cutaway.core.result import Result
 
 SCHEMA = 1
 JSON, ARRAYS = "result.json", "arrays.safetensors"
+WHOLE = "explanation.json"  # a folder may hold one JSON text with all numbers in it instead
 PREVIOUS = ".{}.previous"
 
 
@@ -29,18 +31,24 @@ def save(result: Result, folder: Path, overwrite: bool = False) -> Path:
     Raises:
         ResultError: the folder holds something else, or a result and ``overwrite`` is off, or the disk refuses.
     """
-    asked = f"saving a {result.kind} to {str(folder)!r}"
+    blob = _arrays_to_bytes(result)
+    head = document(result) | {"arrays_sha256": hashlib.sha256(blob).hexdigest()}
+    files = {ARRAYS: blob, JSON: json.dumps(head, indent=1, allow_nan=False).encode()}
+    return put(files, folder, overwrite, f"saving a {result.kind} to {str(folder)!r}")
+
+
+def put(files: Mapping[str, bytes], folder: Path, overwrite: bool, asked: str) -> Path:
+    """Makes a folder of these files (a name may have one folder in it), whole or not at all; ``save`` says the rest."""
     folder = folder.absolute()
     fresh = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
     previous = folder.parent / PREVIOUS.format(folder.name)
     try:
-        _refuse_to_bury(folder, overwrite, asked)
+        _refuse_to_bury(folder, {name.partition("/")[0] for name in files}, overwrite, asked)
         fresh.mkdir(parents=True)
         try:
-            blob = _arrays_to_bytes(result)
-            head = document(result) | {"arrays_sha256": hashlib.sha256(blob).hexdigest()}
-            _write_through(fresh / ARRAYS, blob)
-            _write_through(fresh / JSON, json.dumps(head, indent=1, allow_nan=False).encode())
+            for name, data in files.items():
+                (fresh / name).parent.mkdir(exist_ok=True)
+                _write_through(fresh / name, data)
             _swap_in(fresh, folder, previous)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -64,13 +72,13 @@ def _swap_in(fresh: Path, folder: Path, previous: Path) -> None:
         raise
 
 
-def _refuse_to_bury(folder: Path, overwrite: bool, asked: str) -> None:
+def _refuse_to_bury(folder: Path, ours: set[str], overwrite: bool, asked: str) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ResultError(asked, "a file of that name exists", "choose another name")
     held = sorted(each.name for each in folder.iterdir())
-    others = [name for name in held if name not in (JSON, ARRAYS)]
+    others = [name for name in held if name not in ours]
     if others:
         raise ResultError(asked, f"the folder also holds {', '.join(others[:3])}", "choose an empty or a new folder")
     if held and not overwrite:
@@ -105,7 +113,15 @@ def document(result: Result, inline: bool = False) -> dict[str, Any]:
         "check": _to_json(asdict(result.check)) if result.check else None,
         "proof": proof,
         "notes": list(result.notes),
+        **_held(result),
     }
+
+
+def _held(result: Result) -> dict[str, Any]:
+    """Results that the result is made of, whole; nothing for most kinds."""
+    held = result.held()
+    whole = {field: {name: document(part, inline=True) for name, part in parts.items()} for field, parts in held.items()}
+    return {"results": whole} if held else {}
 
 
 def to_json(result: Result) -> str:
@@ -125,7 +141,8 @@ def open_result(path: str | Path) -> Result:
         previous = path.parent / PREVIOUS.format(path.name)
         hint = f"an interrupted save left the result in {str(previous)!r}; rename it" if previous.exists() else ""
         raise ResultError(asked, "there is no such folder or file", hint)
-    source = path / JSON if path.is_dir() else path
+    source = next((path / name for name in (JSON, WHOLE) if (path / name).is_file()), path / JSON)
+    source = source if path.is_dir() else path
     if not source.is_file():
         held = ", ".join(sorted(each.name for each in path.iterdir())[:3]) or "nothing"
         raise ResultError(asked, f"the folder holds {held} and no {JSON}", "give a folder that Result.save wrote")
@@ -138,16 +155,21 @@ def open_result(path: str | Path) -> Result:
     if head["cutaway_result"] > SCHEMA:
         found = f"it has format {head['cutaway_result']}, this Cutaway reads up to {SCHEMA}"
         raise ResultError(asked, found, "upgrade Cutaway")
+    kind = _kind_of(head, asked)
+    blob = _read_arrays(path / ARRAYS, head, asked) if source.name == JSON and path.is_dir() else {}
+    try:
+        return _rebuild(kind, head, blob)
+    except (KeyError, TypeError, ValueError, AttributeError, ResultError) as error:
+        raise ResultError(asked, f"{source.name} is damaged ({type(error).__name__}: {error})") from None
+
+
+def _kind_of(head: dict[str, Any], asked: str) -> type[Result]:
     kind = Result.kinds.get(str(head.get("kind")))
     if kind is None:
         known = sorted(Result.kinds)
         hint = nearest(str(head.get("kind")), known) or f"this Cutaway knows {', '.join(known)}"
         raise ResultError(asked, f"it is a result of kind {head.get('kind')!r}", hint)
-    blob = _read_arrays(path / ARRAYS, head, asked) if path.is_dir() else {}
-    try:
-        return _rebuild(kind, head, blob)
-    except (KeyError, TypeError, ValueError, AttributeError, ResultError) as error:
-        raise ResultError(asked, f"{source.name} is damaged ({type(error).__name__}: {error})") from None
+    return kind
 
 
 def _rebuild(kind: type[Result], head: dict[str, Any], blob: dict[str, np.ndarray]) -> Result:
@@ -163,6 +185,8 @@ def _rebuild(kind: type[Result], head: dict[str, Any], blob: dict[str, np.ndarra
             values.setdefault(field, {})[column] = data
         else:
             values[name] = data
+    for field, parts in head.get("results", {}).items():
+        values[field] = {name: _rebuild(_kind_of(part, name), part, {}) for name, part in parts.items()}
     evidence = {"made_by": Provenance, "check": Check, "proof": Proof}
     for name, make in evidence.items():
         values[name] = make(**_from_json(head[name])) if head[name] is not None else None

@@ -30,12 +30,14 @@ Set = Sequence[Unit]
 class Effect(NamedTuple):
     """What is left of the target after each set was taken away, each [set].
 
-    ``logp`` is its log-probability in nats, summed over teacher-forced tokens; ``rank`` counts from 0 at the first.
+    ``logp`` is its log-probability in nats, summed over teacher-forced tokens; ``rank`` counts from 0 at the first;
+    ``score`` is logp, less that of the rival where there is one.
     """
 
     logp: Tensor
     prob: Tensor
     rank: Tensor
+    score: Tensor
 
 
 def site_of(unit: Unit) -> str:
@@ -52,6 +54,7 @@ class Ablation:
             of a reference run drawn at random.
         reach: at all positions, as if its weights were taken out, or at the positions that are read alone.
         reference: runs for mean and resample; the prompt itself when none is given.
+        rival: a token that the first one is measured against.
 
     What a head brings from one position is taken away where it is read, as the plain run had it.
     """
@@ -65,8 +68,10 @@ class Ablation:
         reach: Reach = "all",
         reference: Sequence[Inputs] = (),
         seed: int = 0,
+        rival: int | None = None,
     ) -> None:
         self.model, self.inputs, self.ids, self.how, self.reach = model, inputs, list(ids), how, reach
+        self.rival = rival
         self.reads = inputs.real[0][-len(self.ids) :]
         self.reference = list(reference) or [inputs]
         self.generator = torch.Generator().manual_seed(seed)
@@ -109,7 +114,13 @@ class Ablation:
         own = logits.gather(-1, at.expand(len(logits), -1, 1))
         logp = (own[..., 0] - logits.logsumexp(-1)).sum(-1)
         rank = (logits[:, 0] > own[:, 0]).sum(-1)
-        return Effect(logp.cpu(), logp.exp().cpu(), rank.float().cpu())
+        score = logp if self.rival is None else own[:, 0, 0] - logits[:, 0, self.rival]
+        return Effect(logp.cpu(), logp.exp().cpu(), rank.float().cpu(), score.cpu())
+
+    @property
+    def measures(self) -> tuple[str, str]:
+        """What ``score`` is, and its unit."""
+        return ("log p(target)", "nats") if self.rival is None else ("the logit difference", "logits")
 
     def _masked(self, site: str, entries: Sequence[tuple[int, Unit]], rows: int, keep: bool) -> Apply:
         positions = torch.tensor(self.reads if self.reach == "last" else range(self.inputs.ids.shape[1]))

@@ -128,21 +128,29 @@ def sizes(most: int) -> list[int]:
 
 
 def prove(ablation: Ablation, draws: Draws, ks: Sequence[int], n_draws: int, ablated: str) -> Proof:
-    """The drop in the target's log-probability without the first k components, against random ones."""
+    """The drop in the target's score without the first k components, against random ones."""
     sets = [draws.units[:k] for k in ks] + [draws.draw(k) for _ in range(n_draws) for k in ks]
-    base = float(ablation.base().logp[0])
-    drop = base - ablation(sets).logp.double()
-    return proof_of(drop[: len(ks)], drop[len(ks) :].view(n_draws, len(ks)), ks, ablated, draws.matched)
+    base = float(ablation.base().score[0])
+    drop = base - ablation(sets).score.double()
+    random = drop[len(ks) :].view(n_draws, len(ks))
+    return proof_of(drop[: len(ks)], random, ks, ablated, draws.matched, ablation.measures)
 
 
-def proof_of(effect: torch.Tensor, random: torch.Tensor, ks: Sequence[int], ablated: str, matched: str) -> Proof:
-    """The proof of drops in log-probability: [k] without the first k, [draw, k] without random ones."""
+def proof_of(
+    effect: torch.Tensor,
+    random: torch.Tensor,
+    ks: Sequence[int],
+    ablated: str,
+    matched: str,
+    measures: tuple[str, str] = ("log p(target)", "nats"),
+) -> Proof:
+    """The proof of drops in what ``measures`` names: [k] without the first k, [draw, k] without random ones."""
     return Proof(
         ablated=ablated,
         ks=tuple(ks),
         effect=effect.numpy(),
         random=random.numpy(),
-        metric="log p(target)",
-        unit="nats",
+        metric=measures[0],
+        unit=measures[1],
         matched=matched,
     )

@@ -2,6 +2,7 @@
 
 from cutaway.core.result import Check, Difference, Proof, Provenance, Result
 from cutaway.core.result_file import open_result
+from cutaway.results.explanation import Explanation
 from cutaway.results.graph import Graph
 from cutaway.results.grid import Grid
 from cutaway.results.imagemap import ImageMap
@@ -15,6 +16,7 @@ from cutaway.results.table import Table
 __all__ = [
     "Check",
     "Difference",
+    "Explanation",
     "Graph",
     "Grid",
     "ImageMap",

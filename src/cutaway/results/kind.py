@@ -102,6 +102,12 @@ class Kind(Result):
     def __rich__(self) -> Any:
         return self.summary()
 
+    def page(self, **options: Any) -> str:
+        """One self-contained HTML file as text; ``options`` as in ``spec``."""
+        from cutaway.results.page import page
+
+        return page(self, **options)
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         from cutaway.results.page import still_html, table_html
 
@@ -139,9 +145,7 @@ def _svg(result: Kind, **options: Any) -> bytes:
 
 
 def _html(result: Kind, **options: Any) -> bytes:
-    from cutaway.results.page import page
-
-    return page(result, **options).encode("utf-8", "backslashreplace")
+    return result.page(**options).encode("utf-8", "backslashreplace")
 
 
 def _csv(result: Kind, **options: Any) -> bytes:

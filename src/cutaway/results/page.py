@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from cutaway.results.kind import cell_text
 if TYPE_CHECKING:
     import pandas
 
+    from cutaway.core.proof import Provenance
     from cutaway.results.kind import Kind
 
 ROWS = 200
@@ -69,11 +71,16 @@ def page(result: Kind, **options: Any) -> str:
         f'<h2>Table</h2><p class="faint">{more}</p><div class="scroll">{table_html(rows)}</div>',
         *_provenance(result),
     ]
+    return whole(result.title or result.kind, parts, pictures)
+
+
+def whole(title: str, parts: Sequence[str], pictures: dict[str, drawing.Spec], style: str = "") -> str:
+    """A page of HTML parts; each picture is drawn in the element that has its name as id."""
     themes = {"light": drawing.theme(), "dark": drawing.theme(dark=True)}
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_style()}</style></head>\n<body>\n{chr(10).join(parts)}\n"
+        f"<style>{_style()}{style}</style></head>\n<body>\n{chr(10).join(parts)}\n"
         f'<script type="application/json" id="pictures">{_embedded(pictures)}</script>\n'
         f'<script type="application/json" id="themes">{_embedded(themes)}</script>\n'
         f"<script>{vega_script()}</script>\n<script>{SCRIPT}</script>\n</body></html>\n"
@@ -145,9 +152,11 @@ def _evidence(result: Kind) -> list[str]:
 
 
 def _provenance(result: Kind) -> list[str]:
-    made = result.made_by
-    if made is None:
-        return []
+    return provenance(result.made_by) if result.made_by else []
+
+
+def provenance(made: Provenance) -> list[str]:
+    """How to make it again, and what it was made with."""
     facts = {
         "model": f"{made.model} {made.model_digest}".strip(),
         "inputs": made.inputs_digest,
@@ -158,7 +167,8 @@ def _provenance(result: Kind) -> list[str]:
         "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
     }
     listed = "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items() if text)
-    return [f"<h2>How to rerun</h2><pre>{html.escape(made.code())}</pre><dl>{listed}</dl>"]
+    again = html.escape(f"{made.command()}\n\n{made.code()}")
+    return [f"<h2>How to rerun</h2><pre>{again}</pre><dl>{listed}</dl>"]
 
 
 def _style() -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .exam import evaluate
+from .example import example
 from .registry import Card, card, names, path
 from .series import Series
 from .series import train as train_series
 
-__all__ = ["Card", "Series", "card", "evaluate", "names", "path", "train_series"]
+__all__ = ["Card", "Series", "card", "evaluate", "example", "names", "path", "train_series"]

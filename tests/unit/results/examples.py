@@ -9,6 +9,7 @@ from PIL import Image
 
 from cutaway.results import (
     Check,
+    Explanation,
     Graph,
     Grid,
     ImageMap,
@@ -166,6 +167,45 @@ def imagemap() -> ImageMap:
     )
 
 
+def explanation() -> Explanation:
+    heads = Ranking(title="Heads", items=("L1.attn.z[0]", "L0.attn.z[1]"), scores=[1.5, np.nan], unit="nats", proof=PROOF)
+    places = Ranking(
+        items=("L1.attn.z[0] from 1", "L0.attn.z[1] from 3"),
+        scores=[1.5, -0.5],
+        columns={"layer": [1, 0], "source token": [TOKENS[1], TOKENS[3]], "source": [1, 3]},
+        unit="nats",
+    )
+    layers = Ranking(items=("L1.attn.out", "L0.mlp.out"), scores=[2.0, -0.25], unit="nats")
+    writes = Table(
+        columns={
+            "component": ["L0.mlp.act[1]"],
+            "raises": ["<b> +1, x +0.5"],
+            "lowers": ["y -1"],
+            "target place": [0],
+        }
+    )
+    parts = {"lens": readout(), "layers": layers, "heads": heads, "head_positions": places}
+    return Explanation(
+        title="what makes <i>planted</i> say ' Paris'",
+        model="planted",
+        prompt="".join(TOKENS),
+        tokens=TOKENS,
+        roles=["special", *["text"] * 5, "image", "text"],
+        answers=(" Paris", " <b>", "\n"),
+        answer_log_probs=np.log([0.9, 0.05, 0.01]),
+        image=np.frombuffer(png(), dtype=np.uint8),
+        target=" Paris",
+        log_prob=float(np.log(0.9)),
+        story=("It says Paris.", "It read <b>."),
+        caveats=("The probability is saturated.",),
+        parts={**parts, "ffn_neurons": ranking(), "writes": writes},
+        refused={"image_patches": "no <b>image</b>"},
+        made_by=MADE,
+        proof=PROOF,
+        notes=("a note",),
+    )
+
+
 def png(width: int = 6, height: int = 4) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), (200, 40, 40)).save(buffer, format="PNG")
@@ -173,5 +213,6 @@ def png(width: int = 6, height: int = 4) -> bytes:
 
 
 EXAMPLES: dict[str, Result] = {
-    make.__name__: make() for make in (grid, panels, pattern, readout, ranking, series, table, graph, imagemap)
+    make.__name__: make()
+    for make in (grid, panels, pattern, readout, ranking, series, table, graph, imagemap, explanation)
 }

@@ -1,0 +1,1 @@
+"""An explanation told: in sentences, on a terminal, as a page."""

@@ -1,0 +1,116 @@
+"""The pictures of a report that no single result draws: layers in depth, the map of heads, proofs side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cutaway.ops.units import Unit
+from cutaway.results import drawing
+from cutaway.results.grid import Grid
+from cutaway.results.telling.words import NOUNS, spoken
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cutaway.core.proof import Proof
+    from cutaway.results.ranking import Ranking
+
+ROOM, TALL, BAND, LINE = 720, 170, 44, 26
+SIDES = {"attn.out": "attention", "mlp.out": "MLP"}
+KNEE = 0.01  # smaller numbers of the proofs' axis are drawn on a plain scale, larger ones on a logarithmic one
+
+
+def layer_bars(layers: Ranking) -> drawing.Spec:
+    """What the attention and the MLP of every layer add, side by side, in depth."""
+    rows: list[dict[str, Any]] = []
+    for item, score in zip(layers.items.tolist(), layers.scores.tolist(), strict=True):
+        unit = Unit.parse(item)
+        row = {"layer": unit.layer, "part": SIDES[unit.kind], "item": spoken(item)}
+        rows.append({**row, "value": drawing.finite(score), "shown": drawing.digits(score)})
+    depth = 1 + max((row["layer"] for row in rows), default=0)
+    title = drawing.named(layers.measure, layers.unit)
+    labels = drawing.axis(list(range(depth)), "Layer", min(BAND, ROOM / depth), horizontal=True)
+    y = {"title": title, "domain": False, "tickCount": 5} | drawing.number_format(layers.scores)
+    encoding = {
+        "x": {"field": "layer", "type": "ordinal", "axis": labels, "scale": {"domain": list(range(depth))}},
+        "xOffset": {"field": "part", "type": "nominal", "sort": list(SIDES.values())},
+        "y": {"field": "value", "type": "quantitative", "axis": y},
+        "color": {
+            "field": "part",
+            "type": "nominal",
+            "sort": list(SIDES.values()),
+            "legend": {"title": None, "orient": "top"},
+        },
+        "tooltip": [{"field": "item", "type": "nominal"}, {"field": "shown", "type": "nominal", "title": title}],
+    }
+    width = {"step": min(BAND, ROOM / depth)}
+    body = {"data": {"values": rows}, "mark": {"type": "bar"}, "encoding": encoding, "width": width, "height": TALL}
+    return drawing.document(body, drawing.heading(""))
+
+
+def head_map(heads: Ranking) -> Grid:
+    """What every head adds, layer by head; NaN where a layer has no such head."""
+    units = [Unit.parse(item) for item in heads.items]
+    layers = sorted({unit.layer for unit in units})
+    width = 1 + max((unit.number for unit in units), default=-1)
+    values = np.full((len(layers), width), np.nan)
+    for unit, score in zip(units, heads.scores, strict=True):
+        values[layers.index(unit.layer), unit.number] = score
+    return Grid(
+        values=values, axes=("layer", "head"), labels={"layer": layers}, measure=heads.measure, unit=heads.unit
+    )
+
+
+def proof_lines(proofs: Mapping[str, Proof]) -> drawing.Spec:
+    """The drop without each named set, beside the range that random sets give."""
+    rows = []
+    for y, (name, proof) in enumerate(proofs.items()):
+        random = proof.random[:, -1]
+        row = {"y": y, "part": NOUNS.get(name, name), "value": drawing.finite(proof.effect[-1])}
+        row |= {"low": drawing.finite(random.min()), "high": drawing.finite(random.max())}
+        row |= {"mean": drawing.finite(random.mean()), "shown": drawing.digits(proof.effect[-1])}
+        row |= {"random": f"{random.min():.2g} to {random.max():.2g}", "holds": "yes" if proof.holds else "no"}
+        rows.append(row)
+    labels = [f"{proof.ks[-1]} {NOUNS.get(name, name)}" for name, proof in proofs.items()]
+    names = drawing.axis(labels, "", LINE, horizontal=False, longest=40)
+    names |= {"domain": False, "ticks": False, "labelLimit": 300}
+    unit = next(iter(proofs.values())).unit if proofs else ""
+    measure = drawing.named("Drop without them", unit)
+    x = {
+        "type": "quantitative",
+        "scale": {"type": "symlog", "constant": KNEE},
+        "axis": {"title": measure, "grid": True, "domain": False, "values": _ticks(rows)},
+    }
+    y: drawing.Spec = {"field": "y", "type": "ordinal", "axis": names}
+    said = [{"field": "part", "type": "nominal"}, {"field": "shown", "type": "nominal", "title": measure}]
+    said += [{"field": "random", "type": "nominal", "title": "random sets"}, {"field": "holds", "type": "nominal"}]
+    layers = [
+        {
+            "mark": {"type": "bar", "height": 9, "style": "missing", "cornerRadius": 3},
+            "encoding": {"y": y, "x": {"field": "low", **x}, "x2": {"field": "high"}, "tooltip": said},
+        },
+        {
+            "mark": {"type": "tick", "style": "faint", "thickness": 2, "size": 13},
+            "encoding": {"y": y, "x": {"field": "mean", **x}, "tooltip": said},
+        },
+        *(
+            {
+                "transform": [{"filter": f"datum.holds === '{held}'"}],
+                "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1, "style": style},
+                "encoding": {"y": y, "x": {"field": "value", **x}, "tooltip": said},
+            }
+            for held, style in (("yes", "positive"), ("no", "faint"))
+        ),
+    ]
+    body = {"data": {"values": rows}, "width": 480, "height": {"step": LINE}, "layer": layers}
+    return drawing.document(body, drawing.heading(""))
+
+
+def _ticks(rows: list[dict[str, Any]]) -> list[float]:
+    """Powers of ten on both sides of zero, as far as the numbers go."""
+    numbers = [abs(row[name]) for row in rows for name in ("value", "low", "high") if row[name] is not None]
+    powers = [p for p in (0.01, 0.1, 1.0, 10.0, 100.0) if p <= 1.5 * max(numbers, default=1.0)] or [KNEE]
+    below = min((row[name] for row in rows for name in ("value", "low") if row[name] is not None), default=0.0)
+    return [*(-p for p in reversed(powers) if p <= -below), 0.0, *powers]
