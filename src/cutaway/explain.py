@@ -65,7 +65,6 @@ class Asked:
             draws=0,
         )
 
-
     def need(self, name: str) -> Any:
         """A part that was made before; UnsupportedError when it was refused."""
         if name not in self.found:
@@ -156,7 +155,7 @@ def explain(
         parts=found,
         refused=refused,
         proof=whole,
-        notes=[f"no proof of the {name.replace('_', ' ')}: {reason}" for name, reason in unproved.items()],
+        notes=tuple(f"no proof of the {name.replace('_', ' ')}: {why}" for name, why in unproved.items()),
     )
     return told.replace(story=story(told), caveats=caveats(told))
 

@@ -39,7 +39,7 @@ def columns_over(dim: str) -> dict[str, Any]:
 
 
 def of_results() -> dict[str, Any]:
-    """``field(default_factory=dict, metadata=of_results())``: results of other kinds by name, for one made of several."""
+    """``field(default_factory=dict, metadata=of_results())``: results of other kinds by name."""
     return {"results": True}
 
 

@@ -120,7 +120,9 @@ def document(result: Result, inline: bool = False) -> dict[str, Any]:
 def _held(result: Result) -> dict[str, Any]:
     """Results that the result is made of, whole; nothing for most kinds."""
     held = result.held()
-    whole = {field: {name: document(part, inline=True) for name, part in parts.items()} for field, parts in held.items()}
+    whole = {
+        field: {name: document(part, inline=True) for name, part in parts.items()} for field, parts in held.items()
+    }
     return {"results": whole} if held else {}
 
 

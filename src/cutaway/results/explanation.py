@@ -31,7 +31,8 @@ class Explanation(Kind, kind="explanation"):
     """What produced an answer: the results of the methods that were asked, and what they say in plain words.
 
     Args:
-        model: who answers. prompt: what was asked; tokens, roles: of each position [position]; source is the image as PNG bytes [byte].
+        model: who answers. prompt: what was asked. tokens, roles: of each position [position].
+        image: PNG bytes [byte].
         answers, answer_log_probs: what the model says next, best first [answer], in nats.
         target, log_prob, rank: the token that is explained, its log-probability and its place (0 = first); versus: its
             rival, "" without one.
@@ -120,10 +121,12 @@ class Explanation(Kind, kind="explanation"):
 
         return screen(self)
 
-    def page(self) -> str:
-        """The report as one HTML file that fetches nothing."""
+    def page(self, **options: Any) -> str:
+        """The report as one HTML file that fetches nothing; it has no options."""
         from cutaway.results.telling.page import page
 
+        if options:
+            raise ResultError(f"a report with {', '.join(options)}", "it shows every part as it is")
         return page(self)
 
     def files(self) -> dict[str, bytes]:

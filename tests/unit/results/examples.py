@@ -168,7 +168,9 @@ def imagemap() -> ImageMap:
 
 
 def explanation() -> Explanation:
-    heads = Ranking(title="Heads", items=("L1.attn.z[0]", "L0.attn.z[1]"), scores=[1.5, np.nan], unit="nats", proof=PROOF)
+    heads = Ranking(
+        title="Heads", items=("L1.attn.z[0]", "L0.attn.z[1]"), scores=[1.5, np.nan], unit="nats", proof=PROOF
+    )
     places = Ranking(
         items=("L1.attn.z[0] from 1", "L0.attn.z[1] from 3"),
         scores=[1.5, -0.5],

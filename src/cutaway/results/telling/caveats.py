@@ -70,12 +70,12 @@ def _sinks(told: Explanation) -> Iterator[str]:
 def _static(told: Explanation) -> Iterator[str]:
     """Where what components add and what is lost without them do not go together."""
     for name, part in told.parts.items():
-        if not isinstance(part, Ranking) or DROP not in part.columns:
+        if not isinstance(part, Ranking) or DROP not in part.columns or part.proof is None:
             continue
         noun = name.replace("_", " ")
         drop = np.asarray(part.columns[DROP], dtype=np.float64)
         good = np.isfinite(drop)
-        together = float(part.proof.effect[-1]) if part.proof is not None else float("nan")
+        together = float(part.proof.effect[-1])
         largest = float(drop[good].max(initial=0.0))
         if good.sum() > 1 and together > STAND_IN * np.abs(drop[good]).sum():
             yield (

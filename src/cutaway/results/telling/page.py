@@ -16,7 +16,7 @@ from cutaway.results.ranking import Ranking
 from cutaway.results.readout import Readout
 from cutaway.results.table import Table
 from cutaway.results.telling import pictures
-from cutaway.results.telling.words import NOUNS, goal, lengths, listed, percent, signed, spoken, token
+from cutaway.results.telling.words import NOUNS, goal, lengths, listed, percent, signed, spoken
 
 if TYPE_CHECKING:
     from cutaway.results.explanation import Explanation
@@ -28,7 +28,8 @@ body{max-width:60rem}.lead{font-size:1.05rem;max-width:46rem}.prompt{line-height
 .bars{display:grid;grid-template-columns:max-content minmax(4rem,22rem) max-content;gap:.15rem .8rem;align-items:center}
 .bar{height:.72rem;border-radius:3px;background:var(--bar);min-width:2px}
 .bars .first{font-weight:600}.num{text-align:right!important}
-.verdict{border-radius:8px;padding:.6rem .9rem;margin:.8rem 0;border:1px solid var(--line);border-left:5px solid var(--good)}
+.verdict{border-radius:8px;padding:.6rem .9rem;margin:.8rem 0;border:1px solid var(--line);
+border-left:5px solid var(--good)}
 .verdict.bad{border-left-color:var(--bad)}
 .verdict p{margin:.15rem 0}ul{padding-left:1.2rem}li{margin:.3rem 0}
 details{margin:.6rem 0}summary{cursor:pointer;color:var(--faint)}
@@ -36,7 +37,8 @@ td .bar{display:inline-block;vertical-align:middle}.scroll{max-height:32rem}
 svg.still{width:min(16rem,60vw);image-rendering:pixelated;border-radius:6px}
 :root{--bar:BAR_L;--good:#1a7f4b;--bad:#b35900}
 @media(prefers-color-scheme:dark){:root{--bar:BAR_D;--good:#3fb97c;--bad:#f0a04b}}
-@media(max-width:40rem){body{margin:1rem auto;padding:0 .8rem}h1{font-size:1.15rem}.bars{grid-template-columns:max-content 1fr max-content}}
+@media(max-width:40rem){body{margin:1rem auto;padding:0 .8rem}h1{font-size:1.15rem}
+.bars{grid-template-columns:max-content 1fr max-content}}
 """
 ROWS = 10
 
@@ -119,8 +121,8 @@ def _verdict(told: Explanation) -> Iterator[str]:
     if told.unproved:
         failed = listed([NOUNS.get(name, name) for name in told.unproved])
         lines.append(
-            f"<strong>⚠ Not proved: {html.escape(failed)}.</strong> Taking away those named does not reliably do more than taking "
-            "away random others (95 %)."
+            f"<strong>⚠ Not proved: {html.escape(failed)}.</strong> Taking away those named does not "
+            "reliably do more than taking away random others (95 %)."
         )
     if told.proof is not None:
         lines.append(f"{'✓' if told.proof.holds else '⚠'} {html.escape(_capital(told.proof.sentence))}.")

@@ -32,11 +32,11 @@ def layer_bars(layers: Ranking) -> drawing.Spec:
     depth = 1 + max((row["layer"] for row in rows), default=0)
     title = drawing.named(layers.measure, layers.unit)
     labels = drawing.axis(list(range(depth)), "Layer", min(BAND, ROOM / depth), horizontal=True)
-    y = {"title": title, "domain": False, "tickCount": 5} | drawing.number_format(layers.scores)
+    numbers = {"title": title, "domain": False, "tickCount": 5} | drawing.number_format(layers.scores)
     encoding = {
         "x": {"field": "layer", "type": "ordinal", "axis": labels, "scale": {"domain": list(range(depth))}},
         "xOffset": {"field": "part", "type": "nominal", "sort": list(SIDES.values())},
-        "y": {"field": "value", "type": "quantitative", "axis": y},
+        "y": {"field": "value", "type": "quantitative", "axis": numbers},
         "color": {
             "field": "part",
             "type": "nominal",
@@ -59,16 +59,16 @@ def head_map(heads: Ranking) -> Grid:
     for unit, score in zip(units, heads.scores, strict=True):
         values[layers.index(unit.layer), unit.number] = score
     return Grid(
-        values=values, axes=("layer", "head"), labels={"layer": layers}, measure=heads.measure, unit=heads.unit
+        values=values, axes=("layer", "head"), labels={"layer": tuple(layers)}, measure=heads.measure, unit=heads.unit
     )
 
 
 def proof_lines(proofs: Mapping[str, Proof]) -> drawing.Spec:
     """The drop without each named set, beside the range that random sets give."""
     rows = []
-    for y, (name, proof) in enumerate(proofs.items()):
+    for place, (name, proof) in enumerate(proofs.items()):
         random = proof.random[:, -1]
-        row = {"y": y, "part": NOUNS.get(name, name), "value": drawing.finite(proof.effect[-1])}
+        row = {"y": place, "part": NOUNS.get(name, name), "value": drawing.finite(proof.effect[-1])}
         row |= {"low": drawing.finite(random.min()), "high": drawing.finite(random.max())}
         row |= {"mean": drawing.finite(random.mean()), "shown": drawing.digits(proof.effect[-1])}
         row |= {"random": f"{random.min():.2g} to {random.max():.2g}", "holds": "yes" if proof.holds else "no"}
@@ -78,7 +78,7 @@ def proof_lines(proofs: Mapping[str, Proof]) -> drawing.Spec:
     names |= {"domain": False, "ticks": False, "labelLimit": 300}
     unit = next(iter(proofs.values())).unit if proofs else ""
     measure = drawing.named("Drop without them", unit)
-    x = {
+    x: drawing.Spec = {
         "type": "quantitative",
         "scale": {"type": "symlog", "constant": KNEE},
         "axis": {"title": measure, "grid": True, "domain": False, "values": _ticks(rows)},
@@ -86,7 +86,7 @@ def proof_lines(proofs: Mapping[str, Proof]) -> drawing.Spec:
     y: drawing.Spec = {"field": "y", "type": "ordinal", "axis": names}
     said = [{"field": "part", "type": "nominal"}, {"field": "shown", "type": "nominal", "title": measure}]
     said += [{"field": "random", "type": "nominal", "title": "random sets"}, {"field": "holds", "type": "nominal"}]
-    layers = [
+    layers: list[drawing.Spec] = [
         {
             "mark": {"type": "bar", "height": 9, "style": "missing", "cornerRadius": 3},
             "encoding": {"y": y, "x": {"field": "low", **x}, "x2": {"field": "high"}, "tooltip": said},
@@ -95,15 +95,11 @@ def proof_lines(proofs: Mapping[str, Proof]) -> drawing.Spec:
             "mark": {"type": "tick", "style": "faint", "thickness": 2, "size": 13},
             "encoding": {"y": y, "x": {"field": "mean", **x}, "tooltip": said},
         },
-        *(
-            {
-                "transform": [{"filter": f"datum.holds === '{held}'"}],
-                "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1, "style": style},
-                "encoding": {"y": y, "x": {"field": "value", **x}, "tooltip": said},
-            }
-            for held, style in (("yes", "positive"), ("no", "faint"))
-        ),
     ]
+    for held, style in (("yes", "positive"), ("no", "faint")):
+        mark: drawing.Spec = {"type": "point", "filled": True, "size": 90, "opacity": 1, "style": style}
+        encoding: drawing.Spec = {"y": y, "x": {"field": "value", **x}, "tooltip": said}
+        layers.append({"transform": [{"filter": f"datum.holds === '{held}'"}], "mark": mark, "encoding": encoding})
     body = {"data": {"values": rows}, "width": 480, "height": {"step": LINE}, "layer": layers}
     return drawing.document(body, drawing.heading(""))
 

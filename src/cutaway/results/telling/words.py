@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cutaway.core.errors import SiteSyntaxError
-from cutaway.core.proof import Proof
 from cutaway.ops.units import Unit
 from cutaway.results.ranking import Ranking
 from cutaway.results.readout import Readout
