@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from cutaway.core.errors import ParameterError
+from cutaway.core.inputs import Inputs
 from cutaway.core.proof import Proof
 from cutaway.ops.ablation import Ablation
 from cutaway.ops.units import WHOLE, Family, Unit
 from cutaway.ops.watched import WatchedModel
 
+WORTH = 1e-3  # of the best score: what adds less is not among those that a proof takes away
 ROOM = 3  # components that there must be for each that is named
 
 
@@ -134,6 +136,32 @@ def prove(ablation: Ablation, draws: Draws, ks: Sequence[int], n_draws: int, abl
     drop = base - ablation(sets).score.double()
     random = drop[len(ks) :].view(n_draws, len(ks))
     return proof_of(drop[: len(ks)], random, ks, ablated, draws.matched, ablation.measures)
+
+
+def prove_best(
+    model: WatchedModel,
+    inputs: Inputs,
+    ids: Sequence[int],
+    units: Sequence[Unit],
+    scores: Sequence[float],
+    n_draws: int,
+    seed: int,
+    what: str,
+    rival: int | None = None,
+) -> tuple[Proof | None, list[str]]:
+    """The proof of a ranking: its best components zeroed against random ones; or a note that says why there is none.
+
+    Those that score less than a thousandth of the best are not among the components that are taken away.
+    """
+    if n_draws == 0:
+        return None, ["no proof was asked for"]
+    best = max(scores, default=0.0)
+    worthy = [u for u, s in zip(units, scores, strict=True) if s > max(0.0, WORTH * best)]
+    drawer = Draws(model, worthy, inputs.ids.shape[1], seed)
+    if drawer.most == 0:
+        return None, ["no proof: nothing adds to the answer, or there are too few others to compare with"]
+    ablation = Ablation(model, inputs, ids, rival=rival)
+    return prove(ablation, drawer, sizes(drawer.most), n_draws, f"zeroing the top {what}"), []
 
 
 def proof_of(

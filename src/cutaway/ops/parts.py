@@ -153,16 +153,20 @@ def unpadded(inputs: Inputs) -> Inputs:
     return inputs.row(0) if inputs.padded else inputs
 
 
-def take_apart(model: WatchedModel, inputs: Inputs, n_reads: int, level: Level, extra: Sequence[str] = ()) -> Parts:
-    """The parts of a run of one prompt, at its last ``n_reads`` positions.
+def take_apart(
+    model: WatchedModel, inputs: Inputs, reads: int | Sequence[int], level: Level, extra: Sequence[str] = ()
+) -> Parts:
+    """The parts of a run of one prompt.
 
     Args:
+        reads: how many of its last positions are read, or which ones, counting its tokens from 0.
         extra: further sites to keep in ``trace``.
 
     Raises:
         UnsupportedError: a layer does not add its parts to the residual stream.
     """
-    at = f"@{Items.of(range(-n_reads, 0))}"
+    places = range(-reads, 0) if isinstance(reads, int) else reads
+    at = f"@{Items.of(places)}"
     plans = model.layers
     n = len(plans)
     want = [*extra, f"L{n - 1}.resid_post{at}"]
@@ -183,7 +187,7 @@ def take_apart(model: WatchedModel, inputs: Inputs, n_reads: int, level: Level, 
         if level == "neuron":
             _listen_to_experts(model, exits, experts)
         trace = model.trace(inputs, want=want)
-    reads = tuple(inputs.real[0][-n_reads:])
+    reads = tuple(inputs.real[0][p] for p in places)
     if trace.logits is None:
         raise UnsupportedError(f"a run of {model.name}", "it gave no logits", "")
     by_name = {str(site): value[0] for site, value in trace.items()}

@@ -40,7 +40,7 @@ class Reader:
     Attributes:
         weight: [out, d] the matrix, in the model's dtype. norm: frozen; None without one.
         constant: [out] what is read whatever the stream holds: biases, and the norm's shift through the matrix.
-        states: [P, d] the streams that it was frozen at.
+        states: [P, d] the streams that it was frozen at. unfrozen: the norm itself.
         error: largest gap to what the layer itself read, relative to the largest number of it.
     """
 
@@ -49,6 +49,7 @@ class Reader:
     constant: Tensor
     states: Tensor
     error: float
+    unfrozen: nn.Module | None = None
 
     def __call__(self, parts: Tensor) -> Tensor:
         """[..., P, out] what vectors [..., P, d] that are added up in the stream bring; the constant is left out."""
@@ -67,6 +68,15 @@ class Reader:
         if self.norm is not None:
             rows = self.norm.norm.centred(self.norm.norm.gain * rows) * self.norm.inverse[row]
         return Keys(rows, self.constant[at])
+
+    def again(self, states: Tensor, index: Sequence[int]) -> Tensor:
+        """[..., k] what some of the numbers would be at other states [..., d], each normed by its own scale."""
+        at = torch.tensor(list(index), device=self.weight.device)
+        if self.norm is None or self.unfrozen is None:
+            return states @ self.weight[at].float().T + self.constant[at]
+        with torch.no_grad():
+            y = self.unfrozen(states.to(self.weight.dtype)).float() - self.norm.norm.shift
+        return y @ self.weight[at].float().T + self.constant[at]
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,11 @@ class MlpReaders:
             return found
         other = _scaled(self.gate.keys(index, row), _over(m, g))
         return Keys((found.vectors + other.vectors) / 2, (found.constant + other.constant) / 2)
+
+    def again(self, states: Tensor, index: Sequence[int]) -> Tensor:
+        """[..., k] what some neurons' activations would be at other states [..., d]."""
+        gate = None if self.gate is None else self.gate.again(states, index)
+        return self.activation(self.up.again(states, index), gate)
 
 
 def value_row(plan: Any, head: int, channel: int) -> int:
@@ -186,7 +201,7 @@ def _reader(model: WatchedModel, intake: Any, x: Tensor, asked: str) -> tuple[Re
     norm = measure(module, x.shape[1], x.device, model.dtype, asked)
     read = y @ weight.float().T + constant
     constant = constant + weight.float() @ norm.shift
-    return Reader(weight, FrozenNorm(norm, norm.inverse_scale(x, y)), constant, x, 0.0), y, read
+    return Reader(weight, FrozenNorm(norm, norm.inverse_scale(x, y)), constant, x, 0.0, module), y, read
 
 
 def _matrix(model: WatchedModel, intake: Any) -> tuple[Tensor, Tensor | None]:

@@ -11,10 +11,9 @@ from cutaway.core.errors import ParameterError, UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.method import method
 from cutaway.core.params import Count, Image, Prompt, Target
-from cutaway.core.proof import Check, Proof
+from cutaway.core.proof import Check
 from cutaway.models.handle import Model
-from cutaway.ops.ablation import Ablation
-from cutaway.ops.draws import Draws, prove, sizes
+from cutaway.ops.draws import prove_best
 from cutaway.ops.importance import Goal, Ranked, layer_scores, top_elements
 from cutaway.ops.parts import Parts, take_apart, unpadded
 from cutaway.ops.readout import Head
@@ -22,7 +21,6 @@ from cutaway.ops.watched import rounding
 from cutaway.results.ranking import Ranking
 
 LevelName = Literal["layer", "head", "head-position", "neuron", "attention-neuron"]
-WORTH = 1e-3  # of the best score: what adds less is not among those that the proof takes away
 WORDS = {
     "layer": "sublayers",
     "head": "heads",
@@ -93,7 +91,7 @@ def neuron_attribution(
         found, check, notes = _elements(model, parts, goal, k, level)
     what = " ".join(model.decode(i).strip() for i in ids)
     rival = "" if versus is None else f" against {model.decode(versus).strip()!r}"
-    proof, more = _proof(model, run, ids, found, draws, seed, WORDS[level])
+    proof, more = prove_best(model, run, ids, found.units, found.scores.tolist(), draws, seed, WORDS[level])
     return Ranking(
         title=f"{WORDS[level]} of {model.name} that raise {what!r}{rival}",
         items=[str(unit) for unit in found.units],
@@ -160,17 +158,3 @@ def _columns(found: Ranked, inputs: Inputs) -> dict[str, list[object]]:
         columns["coefficient"] = list(found.coefficients)
     columns["bound"] = found.bounds.tolist()
     return columns
-
-
-def _proof(
-    model: Model, inputs: Inputs, ids: list[int], found: Ranked, n_draws: int, seed: int, what: str
-) -> tuple[Proof | None, list[str]]:
-    if n_draws == 0:
-        return None, ["no proof was asked for"]
-    best = float(found.scores.max()) if len(found.scores) else 0.0
-    units = [u for u, s in zip(found.units, found.scores.tolist(), strict=True) if s > max(0.0, WORTH * best)]
-    drawer = Draws(model, units, inputs.ids.shape[1], seed)
-    if drawer.most == 0:
-        return None, ["no proof: nothing adds to the answer, or there are too few others to compare with"]
-    ablated = f"zeroing the top {what}"
-    return prove(Ablation(model, inputs, ids), drawer, sizes(drawer.most), n_draws, ablated), []

@@ -1,0 +1,276 @@
+"""What switched value neurons on: their coefficients as linear maps of what was added up in the stream that they read.
+
+    attention neuron (l, h, k) from p:   alpha v_k[p]        reads x_l at the source position p
+    FFN neuron (l, k):                   m_k                 reads the state between attention and MLP at the last one
+
+    coefficient = sum over parts of (sub-key . part) + constant;   share of a part = (sub-key . part) / coefficient
+
+A part is what an earlier layer, head or neuron added at that position. With the value neurons' scores as weights, all
+of them that read one state become one vector of the residual space, and any part's score is one product with it.
+
+Source: Yu and Ananiadou (2024), "Neuron-level knowledge attribution in large language models", section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cutaway.core.errors import ParameterError, UnsupportedError
+from cutaway.core.inputs import Inputs
+from cutaway.core.site import Items
+from cutaway.core.trace import Trace
+from cutaway.ops.draws import WORTH
+from cutaway.ops.importance import Goal, top_elements
+from cutaway.ops.parts import Parts, take_apart
+from cutaway.ops.readers import Keys, mlp_readers, value_reader, value_row
+from cutaway.ops.units import Unit
+from cutaway.ops.watched import WatchedModel
+
+VALUE_LEVELS = {"attn.z": "attention-neuron", "mlp.act": "neuron"}
+
+
+@dataclass(frozen=True)
+class Read:
+    """The value neurons of one layer that read one state at one position.
+
+    Attributes:
+        layer, position: where. mid: the state is the one between attention and MLP, else the one before the layer.
+        members: their places among all. keys: how their coefficients are made of parts. state: [d] what they read.
+        again: their coefficients [b, k] at other states [b, d]; attention weights stay as they were.
+    """
+
+    layer: int
+    position: int
+    mid: bool
+    members: tuple[int, ...]
+    keys: Keys
+    state: Tensor
+    again: Callable[[Tensor], Tensor]
+
+    def sees(self, kind: str, layer: int) -> bool:
+        """Whether what a part of that kind added in a layer is in the state."""
+        return layer < self.layer or (self.mid and layer == self.layer and kind.startswith("attn"))
+
+
+@dataclass(frozen=True)
+class ValueNeurons:
+    """n value neurons of one run, with what they read.
+
+    Attributes:
+        units: their places. scores: [n] what each adds to the target. coefficients: [n] of the run.
+        reads: what they read, state by state. missing: why units of a layer are left out, by the layer's text.
+    """
+
+    units: tuple[Unit, ...]
+    scores: Tensor
+    coefficients: Tensor
+    reads: tuple[Read, ...]
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The positions that are read, in order."""
+        return tuple(sorted({read.position for read in self.reads}))
+
+    @property
+    def slopes(self) -> Tensor:
+        """[n] score per unit of coefficient; 0 where the coefficient is."""
+        return torch.where(self.coefficients == 0, torch.zeros_like(self.scores), self.scores / self.coefficients)
+
+    def gradient(self, kind: str, layer: int) -> Tensor:
+        """[R, d] at the positions read: the product with what a part added is its score."""
+        g = torch.zeros(len(self.positions), self.reads[0].state.shape[0], device=self.coefficients.device)
+        slopes = self.slopes
+        for read in self.reads:
+            if read.sees(kind, layer):
+                g[self.positions.index(read.position)] += slopes[list(read.members)] @ read.keys.vectors
+        return g
+
+    def contributions(self, kind: str, layer: int, vectors: Tensor) -> Tensor:
+        """[b, n] what parts [b, R, d] of one layer brought to each coefficient."""
+        found = torch.zeros(len(vectors), len(self.units), device=vectors.device)
+        for read in self.reads:
+            if read.sees(kind, layer):
+                part = vectors[:, self.positions.index(read.position)]
+                found[:, list(read.members)] = part @ read.keys.vectors.T
+        return found
+
+    def removed(self, kind: str, layer: int, vectors: Tensor) -> Tensor:
+        """[b, n] how much of each coefficient goes when a part is taken out of the states that are read."""
+        found = torch.zeros(len(vectors), len(self.units), device=vectors.device)
+        for read in self.reads:
+            if read.sees(kind, layer):
+                without = read.state - vectors[:, self.positions.index(read.position)]
+                found[:, list(read.members)] = read.again(read.state[None]) - read.again(without)
+        return found
+
+    @property
+    def constants(self) -> Tensor:
+        """[n] what of each coefficient no part brought: biases, and the shift of the norm."""
+        found = torch.zeros_like(self.coefficients)
+        for read in self.reads:
+            found[list(read.members)] = read.keys.constant
+        return found
+
+
+def best_values(model: WatchedModel, inputs: Inputs, goal: Callable[[Parts], Goal], k: int, kind: str) -> ValueNeurons:
+    """The k attention neurons (kind "attn.z") or FFN neurons ("mlp.act") that add most.
+
+    Those that add less than a thousandth of the best are left out.
+    """
+    parts = take_apart(model, inputs, 1, VALUE_LEVELS[kind])  # type: ignore[arg-type]
+    if not parts.groups:
+        why = next(iter(parts.missing.values()), "no layer has them")
+        return ValueNeurons((), torch.empty(0), torch.empty(0), (), {kind: why})
+    best = top_elements(parts, goal(parts), k)
+    floor = WORTH * float(best.scores.max())
+    keep = [i for i, score in enumerate(best.scores.tolist()) if score > max(0.0, floor)]
+    return read_values(model, inputs, [best.units[i] for i in keep], best.scores[keep])
+
+
+def read_values(model: WatchedModel, inputs: Inputs, units: Sequence[Unit], scores: Tensor) -> ValueNeurons:
+    """What value neurons read in the run on ``inputs``; those that are not understood are left out, with the reason.
+
+    Raises:
+        ParameterError: units that are neither attention neurons from a position nor FFN neurons.
+    """
+    last = len(inputs.real[0]) - 1
+    places: dict[tuple[int, bool], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, unit in enumerate(units):
+        attention = unit.kind == "attn.z" and unit.inner >= 0 and unit.source >= 0
+        if not attention and unit.kind not in ("mlp.act", "expert.act"):
+            raise ParameterError(
+                f"value neuron '{unit}'", "it is none", "name 'L3.mlp.act[7]' or 'L3.attn.z[5/17] from 2'"
+            )
+        places[unit.layer, not attention][unit.source if attention else last].append(i)
+    trace = model.trace(inputs, want=_wanted(model, places, units), stop=True)
+    found: list[Read] = []
+    missing: dict[str, str] = {}
+    for (layer, mlp), by_position in sorted(places.items()):
+        try:
+            if mlp and any(units[i].kind == "expert.act" for i in by_position[last]):
+                raise UnsupportedError("", "what neurons of experts read is not understood", "")
+            read = _mlp if mlp else _attention
+            found += read(model, layer, trace, by_position, units)
+        except UnsupportedError as error:
+            missing[f"L{layer}.{'mlp.act' if mlp else 'attn.z'}"] = error.found
+    return _kept(units, scores, found, missing)
+
+
+def joined(some: Sequence[ValueNeurons]) -> ValueNeurons:
+    """Several sets of value neurons as one."""
+    reads: list[Read] = []
+    start = 0
+    for values in some:
+        reads += [_moved(read, tuple(i + start for i in read.members)) for read in values.reads]
+        start += len(values.units)
+    return ValueNeurons(
+        tuple(unit for values in some for unit in values.units),
+        torch.cat([values.scores for values in some]),
+        torch.cat([values.coefficients for values in some]),
+        tuple(reads),
+        {name: why for values in some for name, why in values.missing.items()},
+    )
+
+
+def _kept(units: Sequence[Unit], scores: Tensor, reads: Sequence[Read], missing: dict[str, str]) -> ValueNeurons:
+    """The value neurons that were understood."""
+    kept = sorted(i for read in reads for i in read.members)
+    new = {i: n for n, i in enumerate(kept)}
+    coefficients = torch.zeros(len(kept), device=scores.device)
+    moved = [_moved(read, tuple(new[i] for i in read.members)) for read in reads]
+    for read in moved:
+        coefficients[list(read.members)] = read.again(read.state[None])[0].to(scores.device)
+    return ValueNeurons(tuple(units[i] for i in kept), scores[kept], coefficients, tuple(moved), missing)
+
+
+def _moved(read: Read, members: tuple[int, ...]) -> Read:
+    return Read(read.layer, read.position, read.mid, members, read.keys, read.state, read.again)
+
+
+def _wanted(
+    model: WatchedModel, places: dict[tuple[int, bool], dict[int, list[int]]], units: Sequence[Unit]
+) -> list[str]:
+    """The sites that show what the units read."""
+    want = []
+    for (layer, mlp), by_position in places.items():
+        plan = model.layers[layer]
+        if not mlp:
+            want += [f"L{layer}.{kind}@{Items.of(sorted(by_position))}" for kind in ("resid_pre", "attn.v")]
+            want += [f"L{layer}.attn.pattern@-1"]
+        elif plan.has("mlp.act"):
+            state = "resid_pre" if plan.parallel else "resid_mid"
+            want += [f"L{layer}.{kind}@-1" for kind in (state, "mlp.in", "mlp.act") if plan.has(kind)]
+    return want
+
+
+def _attention(
+    model: WatchedModel, layer: int, trace: Trace, by_position: dict[int, list[int]], units: Sequence[Unit]
+) -> list[Read]:
+    at = f"@{Items.of(sorted(by_position))}"
+    x, v = (trace[f"L{layer}.{kind}{at}"][0] for kind in ("resid_pre", "attn.v"))
+    pattern = trace[f"L{layer}.attn.pattern@-1"][0, :, 0].float()
+    reader, plan = value_reader(model, layer, x, v), model.layers[layer]
+    found = []
+    for row, (position, members) in enumerate(sorted(by_position.items())):
+        index = [value_row(plan, units[i].number, units[i].inner) for i in members]
+        alpha = pattern[[units[i].number for i in members], position]
+        keys = reader.keys(index, row)
+
+        def again(states: Tensor, index: list[int] = index, alpha: Tensor = alpha) -> Tensor:
+            return reader.again(states, index) * alpha
+
+        scaled = Keys(keys.vectors * alpha[:, None], keys.constant * alpha)
+        found.append(Read(layer, position, False, tuple(members), scaled, reader.states[row], again))
+    return found
+
+
+def _mlp(
+    model: WatchedModel, layer: int, trace: Trace, by_position: dict[int, list[int]], units: Sequence[Unit]
+) -> list[Read]:
+    plan = model.layers[layer]
+    kinds = ("resid_pre" if plan.parallel else "resid_mid", "mlp.in", "mlp.act")
+    readers = mlp_readers(model, layer, *(trace[f"L{layer}.{kind}@-1"][0] for kind in kinds))
+    ((position, members),) = by_position.items()
+    index = [units[i].number for i in members]
+
+    def again(states: Tensor) -> Tensor:
+        return readers.again(states, index)
+
+    state = readers.up.states[0]
+    return [Read(layer, position, not plan.parallel, tuple(members), readers.keys(index, 0), state, again)]
+
+
+class Totals(NamedTuple):
+    """Scores by where they came from ("embedding", "attention", "MLPs", "constants"), and how well they add up.
+
+    ``error`` is the score that the sums of parts miss or have too much, as a share of all.
+    """
+
+    shared: dict[str, float]
+    error: float
+
+
+def totals(parts: Parts, values: ValueNeurons) -> Totals:
+    """Every coefficient as the sum of what the embedding, all layers and the constants brought."""
+    slopes = values.slopes
+    brought = {
+        "embedding": [values.contributions("embed", -1, parts.layers[0].x[None])[0]],
+        "attention": [],
+        "MLPs": [],
+    }
+    for i, layer in enumerate(parts.layers):
+        for name, kind, part in (("attention", "attn.out", layer.attn), ("MLPs", "mlp.out", layer.mlp)):
+            if part is not None:
+                brought[name].append(values.contributions(kind, i, part[None])[0])
+    brought["constants"] = [values.constants]
+    everything = torch.stack([some for of_kind in brought.values() for some in of_kind])
+    gap = (everything.sum(0) - values.coefficients) * slopes
+    shared = {name: float(sum((some * slopes).sum() for some in of_kind)) for name, of_kind in brought.items()}
+    return Totals(shared, float(gap.abs().sum() / values.scores.abs().sum()))
