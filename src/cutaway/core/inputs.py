@@ -24,12 +24,14 @@ class PatchGrid:
         positions: token position of each patch, in the padded axis, in the order of ``boxes``.
         boxes: [patch, 4] left, top, right, bottom of each patch in pixels of the image as given.
         shape: (rows, columns) of the grid; several grids (tiles) of one image are several PatchGrids.
+        image: number of the image, in the order given.
     """
 
     row: int
     positions: tuple[int, ...]
     boxes: Tensor
     shape: tuple[int, int]
+    image: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,7 @@ class Tile:
     """A grid of patches over a window of an image, and the image positions around them that are no patches.
 
     Attributes:
-        size: of the image it belongs to.
+        size: of the image it belongs to; the very object that the scene has for it.
         rows, columns: of the grid.
         before, row_end, after: positions in front of the grid, after each row, and behind the grid.
     """
@@ -96,10 +96,11 @@ def patch_grids(inputs: Inputs, config: Any, processor: Any) -> tuple[PatchGrid,
     if not tiles or taken != len(positions):
         return ()
     left = iter(positions)
-    return tuple(_grid(tile, left) for tile in tiles)
+    number = {id(size): i for i, size in enumerate(sizes)}
+    return tuple(_grid(tile, left, number[id(tile.size)]) for tile in tiles)
 
 
-def _grid(tile: Tile, left: Iterator[int]) -> PatchGrid:
+def _grid(tile: Tile, left: Iterator[int], image: int) -> PatchGrid:
     list(islice(left, tile.before))
     found: list[int] = []
     for _ in range(tile.rows):
@@ -112,7 +113,7 @@ def _grid(tile: Tile, left: Iterator[int]) -> PatchGrid:
     rows, columns = torch.meshgrid(torch.arange(tile.rows), torch.arange(tile.columns), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
     boxes = torch.stack([x[columns], y[rows], x[columns + 1], y[rows + 1]], dim=1)
-    return PatchGrid(row=0, positions=tuple(found), boxes=boxes, shape=(tile.rows, tile.columns))
+    return PatchGrid(row=0, positions=tuple(found), boxes=boxes, shape=(tile.rows, tile.columns), image=image)
 
 
 def _side(value: Any) -> int:

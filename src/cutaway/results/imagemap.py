@@ -35,6 +35,7 @@ class ImageMap(Kind, kind="imagemap"):
             patch. A single map may be given as [row, column]. Label ``map`` with the maps' names.
         boxes: pixel edges (left, top, right, bottom) of each patch [row, column, edge]; an even grid when absent.
         measure: what a score is; scale: "diverging" or "sequential".
+        figures: numbers about the maps as a whole, by name.
     """
 
     image: Array = field(metadata=over("byte"))
@@ -42,6 +43,7 @@ class ImageMap(Kind, kind="imagemap"):
     boxes: Array = field(default=None, metadata=over("row", "column", "edge"))
     measure: str = "score"
     scale: str = "diverging"
+    figures: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.image, bytes):
@@ -77,6 +79,22 @@ class ImageMap(Kind, kind="imagemap"):
         for i, edge in enumerate(EDGES):
             table[edge] = np.tile(self.boxes[..., i].ravel(), maps)
         return table
+
+    def agreement(self) -> pandas.DataFrame:
+        """One row per pair of maps: Pearson and Spearman correlation over the patches, and whether both have the same
+        patch on top. NaN where a map has one value everywhere."""
+        import pandas
+
+        names = self.along("map")
+        flat = self.values.reshape(len(names), -1)
+        frame = pandas.DataFrame(flat[:, np.isfinite(flat).all(axis=0)].T)
+        pearson, spearman, top = frame.corr(), frame.corr(method="spearman"), frame.idxmax()
+        rows = [
+            (names[i], names[j], pearson[i][j], spearman[i][j], bool(top[i] == top[j]))
+            for i in range(len(names))
+            for j in range(i + 1, len(names))
+        ]
+        return pandas.DataFrame(rows, columns=["map", "other", "pearson", "spearman", "same_top"])
 
     def highlights(self) -> pandas.DataFrame:
         """Patches from the strongest to the weakest."""
