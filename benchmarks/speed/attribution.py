@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import resource
 import sys
 import time
 from pathlib import Path
@@ -45,6 +45,11 @@ def brute(model: Model, inputs: Inputs) -> None:
             goal.of_state(base + group.vectors(torch.tensor([i]))[0])
 
 
+def attribute(model: Model, inputs: Inputs, level: Any, draws: int = 0) -> Any:
+    """The method itself, without what the catalog adds."""
+    return neuron_attribution.method.function(model, inputs, level=level, k=LEVELS[level], draws=draws)  # type: ignore[attr-defined]
+
+
 def measured(model: Model, length: int, runs: int) -> dict[str, Any]:
     """Ratios to a bare forward pass."""
     ids = torch.randint(1000, 30000, (1, length), generator=torch.Generator().manual_seed(length))
@@ -55,18 +60,16 @@ def measured(model: Model, length: int, runs: int) -> dict[str, Any]:
         with torch.no_grad():
             model.hf(**plain)
 
-    def attribute(level: Any, draws: int = 0) -> Any:
-        return neuron_attribution.method.function(model, inputs, level=level, k=LEVELS[level], draws=draws)  # type: ignore[attr-defined]
-
     candidates: dict[str, Any] = {"bare": bare}
     for level in LEVELS:
-        candidates[level] = lambda level=level: attribute(level)
-    candidates["neuron with proof"] = lambda: attribute("neuron", 5)
+        candidates[level] = lambda level=level: attribute(model, inputs, level)
+    candidates["neuron with proof"] = lambda: attribute(model, inputs, "neuron", 5)
     seconds = interleaved(candidates, runs=runs)
     figures: dict[str, Any] = {name: ratio(seconds, name, "bare") for name in candidates if name != "bare"}
     figures["bare_seconds"] = medians(seconds)["bare"]
     figures["evaluated"] = {
-        level: attribute(level).notes[0] for level in ("neuron", "attention-neuron", "head", "head-position")
+        level: attribute(model, inputs, level).notes[0]
+        for level in ("neuron", "attention-neuron", "head", "head-position")
     }
     start = time.perf_counter()
     brute(model, inputs)
@@ -74,23 +77,37 @@ def measured(model: Model, length: int, runs: int) -> dict[str, Any]:
     return figures
 
 
-def main(runs: int = 5) -> None:
+def peak_mib(function: Any) -> float:
+    """Largest memory of the process while the function runs, over what it has before; as Linux counts it."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that was freed before would be used again, uncounted
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def main(runs: int = 7) -> None:
     """Measure, print, keep."""
     torch.set_num_threads(1)
     model = gpt2()
     model.anatomy()
-    bare = model.inputs(torch.arange(16)[None])
-    model(bare)
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     figures: dict[str, Any] = {f"T={length}": measured(model, length, runs) for length in LENGTHS}
-    figures["peak_mib_over_a_forward"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    longest = model.inputs(torch.arange(max(LENGTHS))[None])
+    figures["peak_mib_over_the_model"] = {
+        level: peak_mib(lambda level=level: attribute(model, longest, level)) for level in LEVELS
+    }
     figures["bars"] = BARS
     path = keep("attribution", figures, "times a bare forward pass; k = " + str(LEVELS) + "; one thread")
     for length in LENGTHS:
         for name, value in figures[f"T={length}"].items():
             print(f"T={length}", name, value if isinstance(value, dict) else f"{value:.2f}")
-    print("peak over a forward, MiB:", figures["peak_mib_over_a_forward"], path.name)
+    print("peak over the model, MiB:", figures["peak_mib_over_the_model"], path.name)
 
 
 if __name__ == "__main__":

@@ -45,56 +45,42 @@ class Goal:
         """The goal, reading no more tokens than it needs."""
         return Goal(readout if rival is None else readout.only((ids[0], rival)), tuple(ids), rival)
 
-    def score(self, z: Tensor) -> Tensor:
-        """[...] summed over R, of the matrix's results [..., R, tokens]."""
-        y = self.readout.finish(z)
-        if self.rival is not None:
-            return y[..., 0, 0] - y[..., 0, 1]
-        at = torch.tensor(self.ids, device=y.device)[:, None].expand(*y.shape[:-1], 1)
-        return (y.gather(-1, at)[..., 0] - y.logsumexp(dim=-1)).sum(-1)
+    @property
+    def at(self) -> Tensor:
+        """The tokens as a tensor where the readout is."""
+        return torch.tensor(self.ids, device=self.readout.weight.device)
 
     def of_state(self, x: Tensor) -> Tensor:
-        """[...] the score of whole states [..., R, d]."""
-        return self.score(self.readout.states(x))
+        """[...] the score of whole states [..., R, d], summed over R."""
+        if self.rival is None:
+            return self.readout.logp(x, self.at).sum(-1)
+        y = self.readout.logits(x)
+        return y[..., 0, 0] - y[..., 0, 1]
 
 
 class Baselines:
     """States that components are added to, with what is needed to score them.
 
     Attributes:
-        x: [n, R, d] the states. z: [n, R, tokens] the matrix's results. value: [n] their scores.
+        x: [n, R, d] the states. value: [n] their scores. gradient: [n, R, d] of each score with respect to its state.
     """
 
     def __init__(self, goal: Goal, x: Tensor) -> None:
         self.goal, self.x = goal, x
-        self.z = goal.readout.states(x)
-        self.value = goal.score(self.z)
+        if goal.rival is None:
+            logp, self.gradient = goal.readout.logp_and_gradient(x, goal.at)
+            self.value = logp.sum(-1)
+        else:
+            self.value, self.gradient = goal.of_state(x), goal.readout.gradient_of_difference(x)
 
     @cached_property
-    def gradient(self) -> Tensor:
-        """[n, R, d] of each score with respect to its state."""
-        readout = self.goal.readout
-        with torch.enable_grad():
-            if readout.linear:
-                z = self.z.detach().requires_grad_()
-                (dz,) = torch.autograd.grad(self.goal.score(z).sum(), z)
-                return readout.pull(dz)
-            x = self.x.detach().requires_grad_()
-            normed = readout.head.normed(x.to(readout.head.model.dtype)).float()
-            z = normed @ readout.weight.float().T
-            z = z if readout.bias is None else z + readout.bias
-            (dx,) = torch.autograd.grad(self.goal.score(z).sum(), x)
-        return dx
+    def z(self) -> Tensor:
+        """[n, R, tokens] the matrix's results."""
+        return self.goal.readout.states(self.x)
 
     def added(self, which: Tensor, v: Tensor) -> Tensor:
         """[b] Imp of vectors [b, R, d], each added to the state that ``which`` [b] names; exact."""
-        readout = self.goal.readout
-        if not readout.linear:
-            return self.goal.of_state(self.x[which] + v) - self.value[which]
-        z = readout.project(v)
-        for row, n in enumerate(which.tolist()):
-            z[row] += self.z[n]
-        return self.goal.score(z) - self.value[which]
+        return self.goal.of_state(self.x[which] + v) - self.value[which]
 
     def bounds(self, n: int, group: Group) -> Tensor:
         """[elements] upper bounds of Imp over state n; under ``scale='own'`` first-order scores, bounds of nothing."""

@@ -186,10 +186,8 @@ def take_apart(
     with ExitStack() as exits:
         if level == "neuron":
             _listen_to_experts(model, exits, experts)
-        trace = model.trace(inputs, want=want)
+        trace = model.trace(inputs, want=want, stop=True)
     reads = tuple(inputs.real[0][p] for p in places)
-    if trace.logits is None:
-        raise UnsupportedError(f"a run of {model.name}", "it gave no logits", "")
     by_name = {str(site): value[0] for site, value in trace.items()}
     layers = tuple(_layer(plan, i, by_name, at) for i, plan in enumerate(plans))
     groups: list[Group] = []
@@ -210,10 +208,9 @@ def take_apart(
                 missing[i] = plan.refused.get("mlp.act", "")
         except UnsupportedError as error:
             missing[i] = error.found
-    final = by_name[f"L{n - 1}.resid_post{at}"].float()
-    return Parts(
-        inputs, reads, layers, final, trace.logits[0, list(reads)].float(), tuple(groups), missing, unnamed, trace
-    )
+    final = by_name[f"L{n - 1}.resid_post{at}"]
+    logits = model.unembed(final).float()  # only where it is read
+    return Parts(inputs, reads, layers, final.float(), logits, tuple(groups), missing, unnamed, trace)
 
 
 def _layer(plan: Any, i: int, values: dict[str, Tensor], at: str) -> LayerParts:

@@ -12,7 +12,7 @@ frozen in the code, and the norm's shift is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -25,8 +25,8 @@ from cutaway.ops.norms import FrozenNorm, Norm, measure
 from cutaway.ops.watched import Step, WatchedModel, rounding
 
 Scale = Literal["final", "own", "none"]
-VOCABULARY_PART = 16384  # rows of a head in low precision that are widened at a time
-FEW_ROWS = 64  # up to so many, a processor is up to twice as fast with the vocabulary's matrix on the left
+VOCABULARY_PART = 16384  # rows of the head that are multiplied, or widened, at a time
+CACHED_PART = 1024  # as many as a processor keeps near with what they give: twice as fast as all at once
 CURVATURE = 4 / (3 * 3**0.5)  # largest second derivative of tanh
 
 
@@ -155,20 +155,20 @@ class FrozenReadout:
 
     def unprojected(self, dz: Tensor) -> Tensor:
         """[..., d] what numbers [..., tokens] become through the transposed matrix alone."""
-        if self.weight.dtype == torch.float32:
-            return dz @ self.weight
-        parts = zip(dz.split(VOCABULARY_PART, dim=-1), self.weight.split(VOCABULARY_PART), strict=True)
+        parts = zip(dz.split(self._part, dim=-1), self.weight.split(self._part), strict=True)
         return sum((a @ w.float() for a, w in parts), torch.zeros((), device=dz.device))
+
+    def entering(self, x: Tensor) -> Tensor:
+        """[..., R, d] whole states as they enter the matrix."""
+        if self.scale == "own":
+            with torch.no_grad():
+                return self.head.normed(x.to(self.head.model.dtype)).float()
+        return self.norm(x.float()) + self.norm.norm.shift
 
     def states(self, x: Tensor) -> Tensor:
         """[..., R, tokens] the matrix's result for whole states, constants included."""
-        if self.scale == "own":
-            with torch.no_grad():
-                normed = self.head.normed(x.to(self.head.model.dtype)).float()
-            z = self._times(normed)
-            return z if self.bias is None else z + self.bias
-        z = self.project(x)
-        return z if self.constant is None else z + self.constant
+        z = self._times(self.entering(x))
+        return z if self.bias is None else z.add_(self.bias)
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., R, tokens] logits of whole states."""
@@ -184,21 +184,80 @@ class FrozenReadout:
         bias = self.head.bias
         return None if bias is None else (bias if self.ids is None else bias[self.ids]).float()
 
-    @cached_property
-    def constant(self) -> Tensor | None:
-        """[tokens] what states get beside their linear part: the norm's shift through the matrix, and the bias."""
-        shift = self.norm.norm.shift
-        through = self._times(shift) if bool(shift.any()) else None
-        return self.bias if through is None else through if self.bias is None else through + self.bias
+    def logp(self, x: Tensor, ids: Tensor) -> Tensor:
+        """[..., R] log-probability of one token per position, ``ids`` [R], from whole states [..., R, d].
+
+        The vocabulary is gone through in parts; no tensor of all its logits is made.
+        """
+        rows = self.entering(x)
+        sums = [self._after(rows @ w.T, b).logsumexp(-1) for w, b in self._parts()]
+        return self._own(rows, ids) - torch.stack(sums).logsumexp(0)
+
+    def logp_and_gradient(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """``logp`` of states [..., R, d], and its gradient [..., R, d] with respect to them, in one pass."""
+        rows = self.entering(x)
+        top = torch.full((*rows.shape[:-1], 1), float("-inf"), device=rows.device)
+        total, mean = torch.zeros_like(top), torch.zeros_like(rows)
+        for w, b in self._parts():
+            y, slope = self._with_slope(rows @ w.T, b)
+            new = torch.maximum(top, y.amax(-1, keepdim=True))
+            kept, p = (top - new).exp(), (y - new).exp_()
+            total = total * kept + p.sum(-1, keepdim=True)
+            mean = (mean * kept).add_((p if slope is None else p * slope) @ w)
+            top = new
+        weight = self.weight[ids].float()
+        z = (rows * weight).sum(-1, keepdim=True)
+        own, slope = self._with_slope(z, None if self.bias is None else self.bias[ids][:, None])
+        gradient = (weight if slope is None else weight * slope) - mean / total
+        return (own - top - total.log())[..., 0], self._pulled(x, gradient)
+
+    def gradient_of_difference(self, x: Tensor) -> Tensor:
+        """[..., R, d] gradient of the first token's logit minus the second's with respect to states [..., R, d]."""
+        z = self.entering(x) @ self.weight[:2].float().T
+        _, slope = self._with_slope(z, None if self.bias is None else self.bias[:2])
+        pair = torch.tensor([1.0, -1.0], device=z.device).expand_as(z)
+        return self._pulled(x, (pair if slope is None else pair * slope) @ self.weight[:2].float())
+
+    def _pulled(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient with respect to states, from that with respect to how they enter the matrix."""
+        if self.linear:
+            return self.norm.pull(gradient)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            entered = self.head.normed(x.to(self.head.model.dtype))
+            (dx,) = torch.autograd.grad(entered, x, gradient.to(entered.dtype))
+        return dx
+
+    def _own(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """[..., R] logits of one token per position from what enters the matrix."""
+        z = (rows * self.weight[ids].float()).sum(-1)
+        return self.finish(z if self.bias is None else z + self.bias[ids])
+
+    def _after(self, z: Tensor, bias: Tensor | None) -> Tensor:
+        return self.finish(z if bias is None else z.add_(bias))
+
+    def _with_slope(self, z: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits of the matrix's result, and their derivatives with respect to it; None where they are 1."""
+        if not self.head.after:
+            return self._after(z, bias), None
+        with torch.enable_grad():
+            z = (z if bias is None else z + bias).detach().requires_grad_()
+            y = self.finish(z)
+            (slope,) = torch.autograd.grad(y.sum(), z)
+        return y.detach(), slope
+
+    @property
+    def _part(self) -> int:
+        return CACHED_PART if self.weight.device.type == "cpu" else VOCABULARY_PART
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The matrix [tokens, d] and bias [tokens] by parts of the vocabulary, in float32."""
+        for start in range(0, len(self.weight), self._part):
+            at = slice(start, start + self._part)
+            yield self.weight[at].float(), None if self.bias is None else self.bias[at]
 
     def _times(self, v: Tensor) -> Tensor:
-        if self.weight.dtype == torch.float32:
-            rows = v.numel() // v.shape[-1]
-            if v.device.type == "cpu" and rows <= FEW_ROWS:
-                flat = (self.weight @ v.reshape(rows, -1).T).T
-                return flat.contiguous().view(*v.shape[:-1], -1)
-            return v @ self.weight.T
-        return torch.cat([v @ part.float().T for part in self.weight.split(VOCABULARY_PART)], dim=-1)
+        return torch.cat([v @ part.float().T for part in self.weight.split(self._part)], dim=-1)
 
 
 def _matrix(hf: nn.Module, step: Step) -> tuple[Tensor, Tensor | None] | None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 16
+BLOCK = 32
+SPARE = 4  # evaluated with the first k: cheaper than a further block, where the bound is tight
 ROUNDING = 1e-5  # relative to the scores' size: what bound and score may differ by in float32
 
 
@@ -40,7 +41,7 @@ def certified_topk(
         bound: infinite where nothing better is known.
         exact: [m] scores of the items at the index tensor [m].
         k: how many; all when there are fewer.
-        block: how many are evaluated at a time.
+        block: how many are evaluated at a time, after the first k and a few more.
         rounding: slack given to the bounds, as a share of the largest score or bound met.
     """
     n = bound.numel()
@@ -49,15 +50,17 @@ def certified_topk(
     ranked = bound[order]
     score = torch.empty(0, device=bound.device)
     done = 0
-    while done < n and (done < k or not _settled(score, float(ranked[done]), k, rounding)):
-        size = max(block, k) if done == 0 else block
+    size = k + min(SPARE, k)
+    while size:
         part = order[done : done + size]
         score = torch.cat([score, exact(part).float()])
         done += len(part)
+        size = min(block, _unsettled(score, ranked[done:], k, rounding))
     best = torch.topk(score, k)
     return TopK(order[best.indices], best.values, done, n)
 
 
-def _settled(score: Tensor, next_bound: float, k: int, rounding: float) -> bool:
-    worst = float(score.topk(k).values[-1]) if k else float("inf")
-    return next_bound + rounding * max(1.0, abs(worst)) <= worst
+def _unsettled(score: Tensor, bounds: Tensor, k: int, rounding: float) -> int:
+    """How many of the bounds that are left reach the k-th best score."""
+    worst = score.topk(k).values[-1]
+    return int((bounds + rounding * worst.abs().clamp_min(1.0) > worst).sum())

@@ -70,6 +70,26 @@ def test_pull_is_the_transpose_of_project(name):
     )
 
 
+@pytest.mark.parametrize("part", [7, 1024])
+@pytest.mark.parametrize("scale", ["final", "own", "none"])
+@pytest.mark.parametrize("name", NAMES)
+def test_log_probability_and_gradient_are_those_of_the_whole_vocabulary(name, scale, part, monkeypatch):
+    monkeypatch.setattr("cutaway.ops.readout.CACHED_PART", part)
+    model, final, early, logits = run(name)
+    readout = Head(model).frozen(final, logits, scale)
+    x, ids = torch.stack([early, 20 * early, final]).requires_grad_(), torch.tensor([11, 22])
+    z = (readout.head.normed(x) if scale == "own" else readout.entering(x)) @ readout.head.weight.T
+    y = readout.finish(z if readout.bias is None else z + readout.bias)
+    logp, apart = y.log_softmax(-1)[:, [0, 1], ids], y[..., 11] - y[..., 22]
+    slopes = [torch.autograd.grad(of.sum(), x, retain_graph=True)[0] for of in (logp, apart)]
+    x, logp = x.detach(), logp.detach()
+    found, gradient = readout.logp_and_gradient(x, ids)
+    torch.testing.assert_close(readout.logp(x, ids), logp, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, logp, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient, slopes[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(readout.only((11, 22)).gradient_of_difference(x), slopes[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "GemmaForCausalLM"])
 def test_bfloat16_within_its_rounding(name):
     model = Model(tiny(name).hf.to(torch.bfloat16))
