@@ -91,7 +91,7 @@ def neuron_attribution(
         found, check, notes = _elements(model, parts, goal, k, level)
     what = " ".join(model.decode(i).strip() for i in ids)
     rival = "" if versus is None else f" against {model.decode(versus).strip()!r}"
-    proof, more = prove_best(model, run, ids, found.units, found.scores.tolist(), draws, seed, WORDS[level])
+    proof, more = prove_best(model, run, ids, found.units, found.scores.tolist(), draws, seed, WORDS[level], versus)
     return Ranking(
         title=f"{WORDS[level]} of {model.name} that raise {what!r}{rival}",
         items=[str(unit) for unit in found.units],
