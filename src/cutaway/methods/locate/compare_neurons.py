@@ -79,7 +79,8 @@ def compare_neurons(
     Returns:
         the k neurons with the largest differences: importance and coefficient in both runs, the share of the
         coefficient that is lost, and whether it is among the k of most plain importance. Row i also has the mean
-        probability of the answers without the first i + 1 neurons of each ranking, and with these alone of all compared.
+        probability of the answers without the first i + 1 neurons of each ranking, and with these alone of those
+        compared.
 
     Raises:
         ParameterError: more than one difference, or no prompt is left. MismatchError: models of another shape, or other

@@ -69,7 +69,7 @@ def test_the_neuron_behind_the_head_is_the_whole_difference(family, score, again
 
 
 def test_a_difference_also_names_neurons_that_speak_up_when_the_head_is_gone():
-    """Without the head the stream is shorter, the norm scales up what is left, and an opponent has the larger change."""
+    """Without the head the stream is shorter, the norm scales up what is left, and an opponent changes most."""
     model = wired("llama", 0.2)
     found = compare_neurons(model, ON_THEN, target=YES, do=f"zero {HEAD}", k=3, draws=0)
     first = found.items[0]
