@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from cutaway.engine.reduce import Entry
 from cutaway.engine.share import worth_sharing
+from cutaway.engine.walk import ROWS_AT_ONCE
 from cutaway.models.handle import Model
 from cutaway.models.plan import Layer
 
-ENOUGH_ROWS = 1024
-"""Rows beyond which a matrix product gets no faster, so a walk holds no more even where the budget would."""
+HELD = 4
+"""Residual streams of a run alive between layers, at most: before and after a layer, and what joins."""
 STREAMS, NEURONS, HEADS = 10, 5, 6
 """Tensors alive at once per row of a layer, at most: residual streams, MLP activations, q k v and z."""
 COPIES, SCORES = 4, 4
@@ -25,11 +26,13 @@ class Sizes:
     """Bytes that packed rows take in the widest layer.
 
     Attributes:
-        row: of one row. key: of one key and value of one run. heads: query heads.
+        row: of one row in a layer. held: of one between layers. key: of one key and value of one run.
+        heads: query heads.
         end: positions that matter to what is read; a run that starts at p has ``end - p`` rows.
     """
 
     row: int
+    held: int
     key: int
     heads: int
     end: int
@@ -43,7 +46,8 @@ class Sizes:
             for a in model.layers
         )
         heads = max(a.attention.heads if a.attention else 0 for a in model.layers)
-        return Sizes(row * size, COPIES * max(map(_width, model.layers)) * size, heads, end)
+        held = HELD * max(a.d_model for a in model.layers)
+        return Sizes(row * size, held * size, COPIES * max(map(_width, model.layers)) * size, heads, end)
 
     def attention(self, first: int) -> int:
         """Bytes that attending takes for one run that starts at ``first``."""
@@ -58,18 +62,24 @@ def plan_walks(entries: Sequence[Entry], sizes: Sizes, budget: int) -> tuple[lis
     Where not even one run fits it walks alone, and the bytes say so.
     """
     walks: list[list[Entry]] = []
-    rows = same = attention = peak = 0
+    rows = same = attention = longest = peak = 0
     for e in sorted(entries, key=lambda e: (e.first, e.layer)):
         own = sizes.end - e.first
         same = same + 1 if walks and walks[-1][-1].first == e.first else 1
-        attention = max(attention, same * sizes.attention(e.first))
-        rows += own
-        if not walks or rows > ENOUGH_ROWS or rows * sizes.row + attention > budget:
+        together = min(same, max(1, ROWS_AT_ONCE // own))
+        attention = max(attention, together * sizes.attention(e.first))
+        rows, longest = rows + own, max(longest, own)
+        if not walks or _bytes(rows, longest, sizes) + attention > budget:
             walks.append([])
-            rows, same, attention = own, 1, sizes.attention(e.first)
+            rows, longest, same, attention = own, own, 1, sizes.attention(e.first)
         walks[-1].append(e)
-        peak = max(peak, rows * sizes.row + attention)
+        peak = max(peak, _bytes(rows, longest, sizes) + attention)
     return walks, peak
+
+
+def _bytes(rows: int, longest: int, sizes: Sizes) -> int:
+    """Bytes of so many rows between layers, and of those of them that are in a layer, where a run is as a whole."""
+    return rows * sizes.held + min(rows, max(ROWS_AT_ONCE, longest)) * sizes.row
 
 
 def _width(layer: Layer) -> int:

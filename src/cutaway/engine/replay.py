@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +29,7 @@ BUDGET = 2**30
 SHARE_OFF = 0.05
 """Largest error of a check, as a fraction of what its noise changes: a structural mistake is as large as the effect."""
 
+T = TypeVar("T")
 _checked: WeakKeyDictionary[Any, dict[tuple[Any, ...], str]] = WeakKeyDictionary()
 
 
@@ -122,7 +123,7 @@ def _plain(
         return found
 
     base = logits(())
-    values = [metric(logits([item]), inputs)[0] for item in _bar(items, "runs", progress)]
+    values = [metric(logits([item]), inputs)[0] for item in _bar(items, len(items), "runs", progress)]
     size = 2 * base.numel() * base.element_size()
     return Replayed(
         torch.stack(values) if values else base.new_empty(0), metric(base, inputs)[0], f"plain: {reason}", size
@@ -165,15 +166,20 @@ def _prepare(model: Model, inputs: Inputs, items: Sequence[Intervention], metric
 def _replayed(sweep: _Sweep, n: int, progress: bool) -> Replayed:
     base = sweep.readout(sweep.base.layers[-1].post[sweep.walk.reads][None])[0]
     values = base.expand(n).clone()
-    for some in _bar(sweep.walks, f"replay ({sweep.peak >> 20} MiB)", progress):
-        runs, rows = sweep.walk(some)
-        if runs:
-            values[runs] = sweep.readout(rows).to(values.dtype)
+
+    def steps() -> Iterator[None]:
+        for some in sweep.walks:
+            runs, rows = yield from sweep.walk.steps(some)
+            if runs:
+                values[runs] = sweep.readout(rows).to(values.dtype)
+
+    for _ in _bar(steps(), len(sweep.walks) * len(sweep.base.layers), f"replay ({sweep.peak >> 20} MiB)", progress):
+        pass
     return Replayed(values, base, "replay", sweep.peak)
 
 
-def _bar(items: Sequence[Any], what: str, progress: bool) -> Iterable[Any] | Iterator[Any]:
-    return track(items, what, total=len(items)) if progress else items
+def _bar(items: Iterable[T], total: int, what: str, progress: bool) -> Iterable[T]:
+    return track(items, what, total=total) if progress else items
 
 
 def _check(model: Model, base: Base, walk: Walk, entries: Sequence[Entry], reads: Sequence[int]) -> None:

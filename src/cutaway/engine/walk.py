@@ -2,12 +2,13 @@
 
 Rows are positions of runs. Before layer l the runs that start there join. The layer itself is called on all rows at
 once, since everything in it but attention treats each row alone; its attention is answered run by run, on the run's own
-later keys and the base run's earlier ones.
+later keys and the base run's earlier ones. Where there are many rows a layer takes them some runs at a time, so that
+what it makes of them stays in the processor's caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from cutaway.engine.base import Attended, Base, LayerCall
+from cutaway.engine.products import fast_activations, fast_products
 from cutaway.engine.reduce import Entry, Reducer
 from cutaway.engine.rows import position_axis
 from cutaway.engine.share import attend_shared, can_share, worth_sharing
 from cutaway.models.interface import ATTENTION
+
+ROWS_AT_ONCE = 512
+"""Rows that go through a layer together: matrix products are at full speed from about 200 on."""
 
 
 @dataclass
@@ -29,6 +34,14 @@ class Group:
     first: int
     runs: list[int] = field(default_factory=list)
     rows: Tensor | None = None
+
+    def parts(self) -> Iterator[Group]:
+        """Groups of some of the runs each, of no more than ``ROWS_AT_ONCE`` rows where a run has fewer."""
+        if self.rows is None:
+            return
+        step = max(1, ROWS_AT_ONCE // max(1, self.rows.shape[1]))
+        for start in range(0, len(self.runs), step):
+            yield Group(self.first, self.runs[start : start + step], self.rows[start : start + step])
 
     def join(self, runs: Sequence[int], rows: Tensor) -> None:
         """More runs of the same start."""
@@ -56,41 +69,72 @@ class Walk:
         self.end = max(base.reach.last[p] for p in reads) + 1
         self._sharing: dict[int, bool] = {}
 
-    @torch.no_grad()
     def __call__(self, entries: Sequence[Entry]) -> tuple[list[int], Tensor]:
+        """What ``steps`` returns."""
+        steps = self.steps(entries)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                found: tuple[list[int], Tensor] = done.value
+                return found
+
+    @torch.no_grad()
+    def steps(self, entries: Sequence[Entry]) -> Generator[None, None, tuple[list[int], Tensor]]:
         """(runs, [run, read, d_model]) the last residual stream of each run at the positions that are read.
 
-        Runs that write what the base run has there are left out.
+        Yields once per layer of the model. Runs that write what the base run has there are left out.
         """
         layers = self.base.layers
         groups = {e.first: Group(e.first) for e in sorted(entries, key=lambda e: e.first)}
-        for i in range(min(e.layer for e in entries), len(layers)):
-            last = i == len(layers) - 1
-            self._join(groups, [e for e in entries if e.layer == i and not e.mid], layers[i].pre)
-            mids = {first: Group(first) for first in groups}
-            self._join(mids, [e for e in entries if e.layer == i and e.mid], layers[i].pre)
-            live = [g for g in groups.values() if g.rows is not None]
-            late = [g for g in mids.values() if g.rows is not None]
-            if not live and not late:
-                continue
-            keys = self._keys(layers[i], live) if last and live else None
-            if last:
-                for g in (*live, *late):
-                    g.rows = self._read(g)
-            self._layer(layers[i], live, late, last, keys)
-            for g in late:
-                if g.rows is not None:
-                    groups[g.first].join(g.runs, g.rows)
-            gap = self.base.gap(i)
-            if gap is not None:
-                for g in groups.values():
-                    g.rows = None if g.rows is None else g.rows + gap[g.first : self.end]
+        for i in range(len(layers)):
+            self._step(i, groups, [e for e in entries if e.layer == i])
+            yield
         after = {first: Group(first) for first in groups}
         self._join(after, [e for e in entries if e.layer == len(layers)], layers[-1].post)
         for g in after.values():
             if g.rows is not None:
                 groups[g.first].join(g.runs, self._read(g))
         return self._finish([g for g in groups.values() if g.rows is not None])
+
+    def _step(self, i: int, groups: dict[int, Group], entries: Sequence[Entry]) -> None:
+        """Layer ``i``, at which ``entries`` join."""
+        call, last = self.base.layers[i], i == len(self.base.layers) - 1
+        mids = {first: Group(first) for first in groups}
+        self._join(groups, [e for e in entries if not e.mid], call.pre)
+        self._join(mids, [e for e in entries if e.mid], call.pre)
+        live, late = ([g for g in some.values() if g.rows is not None] for some in (groups, mids))
+        if not live and not late:
+            return
+        model = self.base.model
+        with fast_products(model.device, model.dtype), fast_activations(call.module):
+            self._through(call, live, False, last)
+            self._through(call, late, True, last)
+        for g in late:
+            if g.rows is not None:
+                groups[g.first].join(g.runs, g.rows)
+        gap = self.base.gap(i)
+        if gap is not None:
+            for g in groups.values():
+                g.rows = None if g.rows is None else g.rows + gap[g.first : self.end]
+
+    def _through(self, call: LayerCall, groups: Sequence[Group], mid: bool, last: bool) -> None:
+        """Take the rows of all groups through a layer (its later part where ``mid``).
+
+        Of the last layer only the rows that are read come out.
+        """
+        made: dict[int, list[Tensor]] = {g.first: [] for g in groups}
+        for some in _portions(groups):
+            keys = self._keys(call, some) if last and not mid else None
+            if last:
+                for part in some:
+                    part.rows = self._read(part)
+            self._layer(call, [] if mid else some, some if mid else [], last, keys)
+            for part in some:
+                if part.rows is not None:
+                    made[part.first].append(part.rows)
+        for g in groups:
+            g.rows = made[g.first][0] if len(made[g.first]) == 1 else torch.cat(made[g.first])
 
     def _join(self, groups: dict[int, Group], entries: Sequence[Entry], stream: Tensor) -> None:
         by_first: dict[int, list[tuple[int, Tensor]]] = {}
@@ -195,6 +239,21 @@ class Walk:
                 out[start : start + len(g.runs), -g.rows.shape[1] :] = g.rows
             start += len(g.runs)
         return runs, out
+
+
+def _portions(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Parts of the groups that go through a layer together."""
+    some: list[Group] = []
+    rows = 0
+    for part in (part for g in groups for part in g.parts()):
+        own = 0 if part.rows is None else part.rows.shape[0] * part.rows.shape[1]
+        if some and rows + own > ROWS_AT_ONCE:
+            yield some
+            some, rows = [], 0
+        some.append(part)
+        rows += own
+    if some:
+        yield some
 
 
 def _seen(call: LayerCall) -> Attended:

@@ -1,10 +1,10 @@
 """Walks of a sweep within a budget."""
 
 from cutaway.core.intervention import Zero
-from cutaway.engine.plan import ENOUGH_ROWS, Sizes, plan_walks
+from cutaway.engine.plan import Sizes, plan_walks
 from cutaway.engine.reduce import Entry
 
-SIZES = Sizes(row=100, key=10, heads=2, end=16)
+SIZES = Sizes(row=100, held=10, key=10, heads=2, end=16)
 
 
 def entries(n: int) -> list[Entry]:
@@ -33,16 +33,18 @@ def test_runs_of_one_start_walk_together() -> None:
 def test_one_run_walks_alone_when_not_even_it_fits() -> None:
     walks, peak = plan_walks(entries(1), SIZES, 1)
     assert [len(w) for w in walks] == [1] * 16
-    assert peak == 16 * SIZES.row + SIZES.attention(0) > 1
+    assert peak == 16 * (SIZES.row + SIZES.held) + SIZES.attention(0) > 1
 
 
-def test_walks_hold_no_more_rows_than_help() -> None:
-    walks, _ = plan_walks(entries(40), SIZES, 10**12)
-    assert max(sum(16 - e.first for e in walk) for walk in walks) <= ENOUGH_ROWS
+def test_a_walk_holds_more_rows_than_go_through_a_layer_together() -> None:
+    """Beyond that, a row takes what it needs between layers."""
+    many, few = (plan_walks(entries(n), SIZES, 10**12) for n in (1200, 600))
+    assert len(many[0]) == len(few[0]) == 1
+    assert many[1] - few[1] == 600 * sum(range(1, 17)) * SIZES.held
 
 
 def test_a_shared_prefix_takes_less_than_its_copies() -> None:
-    long = Sizes(row=100, key=10_000, heads=2, end=600)
+    long = Sizes(row=100, held=10, key=10_000, heads=2, end=600)
     assert long.attention(592) < 600 * long.key
 
 
