@@ -126,7 +126,7 @@ class Ablation:
         positions = torch.tensor(self.reads if self.reach == "last" else range(self.inputs.ids.shape[1]))
 
         def change(x: Tensor, where: Where) -> Tensor:
-            whole = [(row, unit) for row, unit in entries if unit.source < 0]
+            whole = [(row, unit) for row, unit in entries if unit.source < 0 and unit.at < 0]
             new = x
             if whole or keep:
                 mask = torch.full((rows, *_inner(site, x)), keep, dtype=torch.bool)
@@ -142,6 +142,8 @@ class Ablation:
                 for row, unit in entries:
                     if unit.source >= 0:
                         self._without(new, row, unit)
+                    elif unit.at >= 0:
+                        new[row, unit.at] = self._value(site, x).expand_as(x)[row, unit.at]
             return new
 
         return Apply(site, change)

@@ -27,12 +27,13 @@ from cutaway.core.site import Items
 from cutaway.core.trace import Trace
 from cutaway.ops.draws import WORTH
 from cutaway.ops.importance import Goal, top_elements
-from cutaway.ops.parts import Parts, take_apart
+from cutaway.ops.parts import Level, Parts, take_apart
 from cutaway.ops.readers import Keys, mlp_readers, value_reader, value_row
+from cutaway.ops.readout import Head
 from cutaway.ops.units import Unit
 from cutaway.ops.watched import WatchedModel
 
-VALUE_LEVELS = {"attn.z": "attention-neuron", "mlp.act": "neuron"}
+VALUE_LEVELS: dict[str, Level] = {"attn.z": "attention-neuron", "mlp.act": "neuron"}
 
 
 @dataclass(frozen=True)
@@ -119,19 +120,35 @@ class ValueNeurons:
         return found
 
 
-def best_values(model: WatchedModel, inputs: Inputs, goal: Callable[[Parts], Goal], k: int, kind: str) -> ValueNeurons:
-    """The k attention neurons (kind "attn.z") or FFN neurons ("mlp.act") that add most.
+def find_values(
+    model: WatchedModel,
+    inputs: Inputs,
+    token: int,
+    rival: int | None,
+    most: int,
+    kinds: Sequence[str] = (*VALUE_LEVELS,),
+) -> ValueNeurons:
+    """The attention neurons (kind "attn.z") and FFN neurons ("mlp.act") that raise a token most, so many of each.
 
-    Those that add less than a thousandth of the best are left out.
+    Those that add less than a thousandth of the best of their kind are left out.
     """
-    parts = take_apart(model, inputs, 1, VALUE_LEVELS[kind])  # type: ignore[arg-type]
-    if not parts.groups:
-        why = next(iter(parts.missing.values()), "no layer has them")
-        return ValueNeurons((), torch.empty(0), torch.empty(0), (), {kind: why})
-    best = top_elements(parts, goal(parts), k)
-    floor = WORTH * float(best.scores.max())
-    keep = [i for i, score in enumerate(best.scores.tolist()) if score > max(0.0, floor)]
-    return read_values(model, inputs, [best.units[i] for i in keep], best.scores[keep])
+    head, found = Head(model), []
+    for kind in kinds:
+        parts = take_apart(model, inputs, 1, VALUE_LEVELS[kind])
+        if not parts.groups:
+            why = next(iter(parts.missing.values()), "no layer has them")
+            found.append(ValueNeurons((), torch.empty(0), torch.empty(0), (), {kind: why}))
+            continue
+        goal = Goal.of(head.frozen(parts.final, parts.logits), [token], rival)
+        best = top_elements(parts, goal, most)
+        floor = max(0.0, WORTH * float(best.scores.max()))
+        keep = [i for i, score in enumerate(best.scores.tolist()) if score > floor]
+        found.append(read_values(model, inputs, [best.units[i] for i in keep], best.scores[keep]))
+    together = _joined(found)
+    if not together.units:
+        why = "; ".join(f"{name}: {reason}" for name, reason in together.missing.items()) or "nothing raises the answer"
+        raise UnsupportedError(f"value neurons of {model.name}", f"none can be read ({why})", "")
+    return together
 
 
 def read_values(model: WatchedModel, inputs: Inputs, units: Sequence[Unit], scores: Tensor) -> ValueNeurons:
@@ -163,7 +180,7 @@ def read_values(model: WatchedModel, inputs: Inputs, units: Sequence[Unit], scor
     return _kept(units, scores, found, missing)
 
 
-def joined(some: Sequence[ValueNeurons]) -> ValueNeurons:
+def _joined(some: Sequence[ValueNeurons]) -> ValueNeurons:
     """Several sets of value neurons as one."""
     reads: list[Read] = []
     start = 0

@@ -32,6 +32,7 @@ class Unit(NamedTuple):
         kind: of the site. layer: its number.
         number: of the head, neuron or expert. inner: channel of a head, neuron of an expert.
         source: the position that a head brings it from.
+        at: the one position that a sublayer adds it at; such a component is not read from text.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Unit(NamedTuple):
     number: int = -1
     inner: int = -1
     source: int = -1
+    at: int = -1
 
     @staticmethod
     def parse(text: str) -> Unit:
@@ -86,4 +88,5 @@ class Unit(NamedTuple):
     def __str__(self) -> str:
         inner = f"/{self.inner}" if self.inner >= 0 else ""
         index = f"[{self.number}{inner}]" if self.number >= 0 else ""
-        return f"L{self.layer}.{self.kind}{index}" + (f" from {self.source}" if self.source >= 0 else "")
+        place = (f"@{self.at}" if self.at >= 0 else "") + (f" from {self.source}" if self.source >= 0 else "")
+        return f"L{self.layer}.{self.kind}{index}{place}"

@@ -15,17 +15,16 @@ from cutaway.core.params import Count, Image, Prompt, Target
 from cutaway.core.proof import Check
 from cutaway.models.handle import Model
 from cutaway.ops.draws import prove_best
-from cutaway.ops.importance import Goal
 from cutaway.ops.parts import Level, Parts, take_apart, unpadded
-from cutaway.ops.readout import Head
 from cutaway.ops.stats import rank_correlation
-from cutaway.ops.subkeys import ValueNeurons, best_values, joined, read_values, totals
+from cutaway.ops.subkeys import ValueNeurons, find_values, read_values, totals
 from cutaway.ops.units import Unit
 from cutaway.ops.watched import rounding
 from cutaway.results.ranking import Ranking
 
 LevelName = Literal["layer", "head", "neuron"]
 WORDS = {"layer": "sublayers", "head": "heads", "neuron": "FFN neurons"}
+KINDS = {"both": ("attn.z", "mlp.act"), "attention": ("attn.z",), "ffn": ("mlp.act",)}
 EMBED = "embed"
 
 
@@ -96,9 +95,6 @@ def query_neurons(
     batch = unpadded(model.inputs(prompt, image))
     token = int(model(batch)[0, -1].argmax()) if target is None else target
     found = _values(model, batch, ranking, token, versus, values, most)
-    if not found.units:
-        why = "; ".join(f"{name}: {reason}" for name, reason in found.missing.items()) or "nothing raises the answer"
-        raise UnsupportedError(f"query neurons of {model.name}", f"no value neuron can be read ({why})", "")
     parts = take_apart(model, batch, found.positions, level)
     items = _best(parts, found, k, level)
     table = _table(items, found, batch, level, verify)
@@ -131,16 +127,14 @@ def _values(
     model: Model, batch: Inputs, ranking: Ranking | None, token: int, versus: int | None, which: str, most: int
 ) -> ValueNeurons:
     """The value neurons: those of the ranking, else those that add most."""
-    if ranking is not None:
-        scores = torch.tensor(ranking.scores[:most].tolist(), device=model.device)
-        return read_values(model, batch, [Unit.parse(item) for item in ranking.items[:most]], scores)
-    head = Head(model)
-
-    def goal(parts: Parts) -> Goal:
-        return Goal.of(head.frozen(parts.final, parts.logits), [token], versus)
-
-    kinds = {"both": ("attn.z", "mlp.act"), "attention": ("attn.z",), "ffn": ("mlp.act",)}[which]
-    return joined([best_values(model, batch, goal, most, kind) for kind in kinds])
+    if ranking is None:
+        return find_values(model, batch, token, versus, most, KINDS[which])
+    scores = torch.tensor(ranking.scores[:most].tolist(), device=model.device)
+    found = read_values(model, batch, [Unit.parse(item) for item in ranking.items[:most]], scores)
+    if not found.units:
+        why = "; ".join(f"{name}: {reason}" for name, reason in found.missing.items())
+        raise UnsupportedError(f"the value neurons of the ranking in {model.name}", f"none can be read ({why})", "")
+    return found
 
 
 def _best(parts: Parts, values: ValueNeurons, k: int, level: Level) -> list[Found]:
