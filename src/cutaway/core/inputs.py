@@ -132,6 +132,27 @@ class Inputs:
     def _per_token(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.shape[:2] == self.ids.shape
 
+    def take(self, rows: Sequence[int]) -> Inputs:
+        """The rows of these numbers, in this order, as often as they are named; padding stays as it is.
+
+        Raises:
+            InputError: image tensors, which cannot be split by row, unless the rows are what there is.
+        """
+        if list(rows) == list(range(len(self))):
+            return self
+        if any(not self._per_token(v) for v in self.extra.values()):
+            raise InputError(f"rows {list(rows)} of a batch with images", "image tensors cannot be split by row")
+        at = list(rows)
+        return replace(
+            self,
+            ids=self.ids[at],
+            mask=self.mask[at],
+            tokens=tuple(self.tokens[b] for b in at),
+            roles=tuple(self.roles[b] for b in at),
+            extra={k: v[at] for k, v in self.extra.items()},
+            grids=(),
+        )
+
     def repeat(self, n: int) -> Inputs:
         """One row repeated ``n`` times (text only)."""
         if len(self) != 1 or self.extra:

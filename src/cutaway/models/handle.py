@@ -216,7 +216,13 @@ class Model:
         where = torch.device(device) if device is not None else None
         with torch.set_grad_enabled(bool(grad)):
             watch, logits = self.watched(
-                batch, sites, do, attached=bool(grad), stop=stop and bool(sites) and not grad, device=where, dtype=dtype
+                batch,
+                sites,
+                do,
+                attached=bool(grad),
+                stop=stop and bool(sites) and metric is None,
+                device=where,
+                dtype=dtype,
             )
         missing = [s for s in sites if s not in watch.values]
         if missing:

@@ -54,7 +54,7 @@ class WatchedModel(Protocol):
         """The structure: ``stacks``, ``tail``, ``refused``."""
         ...
 
-    def trace(self, inputs: Any, want: Any = (), do: Any = (), *, stop: bool = False) -> Trace:
+    def trace(self, inputs: Any, want: Any = (), do: Any = (), grad: Any = False, *, stop: bool = False) -> Trace:
         """One watched forward pass."""
         ...
 

@@ -33,6 +33,7 @@ class Graph(Kind, kind="graph"):
         weight: what each edge carries [edge], signed, in ``unit``; ``measure`` says what it is.
         layer: height of each node in the drawing [node]; by longest path from the inputs when absent.
         node_columns, edge_columns: more about each node or edge.
+        about: what else its readers need: the sizes of the model that it is a graph of, the prompt.
     """
 
     nodes: Array = field(metadata=over("node"))
@@ -43,6 +44,7 @@ class Graph(Kind, kind="graph"):
     node_columns: dict[str, Array] = field(default_factory=dict, metadata=columns_over("node"))
     edge_columns: dict[str, Array] = field(default_factory=dict, metadata=columns_over("edge"))
     measure: str = "weight"
+    about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("source", "target"):
