@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Annotated, Any
@@ -16,21 +16,25 @@ from cutaway.core.params import Count, Image, Prompt, Target
 from cutaway.core.progress import track
 from cutaway.core.proof import Proof
 from cutaway.core.result import Result
+from cutaway.methods.locate.image_patches import image_patches
 from cutaway.methods.locate.neuron_attribution import neuron_attribution
 from cutaway.methods.locate.neuron_projection import neuron_projection
+from cutaway.methods.locate.query_neurons import query_neurons
 from cutaway.methods.see.logit_lens import logit_lens
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation
 from cutaway.ops.parts import unpadded
-from cutaway.ops.proofs import JOINT, prove_together, worthwhile
+from cutaway.ops.draws import worthwhile
+from cutaway.ops.proofs import JOINT, prove_together
 from cutaway.ops.units import Unit
 from cutaway.results.explanation import Explanation
 from cutaway.results.imagemap import ImageMap
 from cutaway.results.ranking import Ranking
 from cutaway.results.telling.caveats import DROP, caveats
-from cutaway.results.telling.words import story
+from cutaway.results.telling.words import NOUNS, short, story, token as quoted
 
 ANSWERS = 5
+PATCHES = "image_patches"  # left out where there is no image
 WHOLE = ("heads", "ffn_neurons")  # what the proof of the whole takes away together
 EVERYTHING = 1_000_000  # more than any model has of heads and layers
 
@@ -41,7 +45,8 @@ class Asked:
 
     Attributes:
         prompt, image: as they were given. target: the token that is explained. versus: its rival.
-        k: how many components a part names. found: the parts made so far, by name.
+        k: how many components a part names. draws, seed: of the proofs that a part makes itself.
+        found: the parts made so far, by name.
     """
 
     model: Model
@@ -50,6 +55,8 @@ class Asked:
     target: int
     versus: int | None
     k: int
+    draws: int
+    seed: int
     found: dict[str, Any]
 
     def located(self, level: str, k: int = 0) -> Result:
@@ -83,6 +90,32 @@ def _writes(asked: Asked) -> Result:
     )
 
 
+def _queries(asked: Asked) -> Result:
+    return query_neurons(
+        asked.model,
+        asked.prompt,
+        image=asked.image,
+        target=asked.target,
+        versus=asked.versus,
+        k=asked.k,
+        verify=asked.k,
+        draws=0,
+    )
+
+
+def _patches(asked: Asked) -> Result:
+    return image_patches(
+        asked.model,
+        asked.prompt,
+        image=asked.image,
+        target=asked.target,
+        versus=asked.versus,
+        k=asked.k,
+        draws=asked.draws,
+        seed=asked.seed,
+    )
+
+
 PARTS: dict[str, Callable[[Asked], Result]] = {
     "lens": _lens,
     "layers": lambda asked: asked.located("layer", EVERYTHING),
@@ -91,6 +124,8 @@ PARTS: dict[str, Callable[[Asked], Result]] = {
     "ffn_neurons": lambda asked: asked.located("neuron"),
     "attention_neurons": lambda asked: asked.located("attention-neuron"),
     "writes": _writes,
+    "query_neurons": _queries,
+    PATCHES: _patches,
 }
 """How each part is made, in the order in which they need one another."""
 
@@ -135,12 +170,12 @@ def explain(
     if token == versus:
         hint = "name another rival" if target is None else "name two tokens"
         raise ParameterError("parameter 'versus'", f"it is the token that is explained, {model.decode(token)!r}", hint)
-    asked = Asked(model, prompt, image, token, versus, k, {})
-    refused = _make(asked)
+    asked = Asked(model, prompt, image, token, versus, k, draws, seed, {})
+    refused = _make(asked, [name for name in PARTS if name != PATCHES or batch.has_images])
     ablation = Ablation(model, batch, [token], rival=versus)
     found, unproved, whole = _proved(asked, ablation, draws, seed)
     told = Explanation(
-        title=f"what makes {model.name} say {model.decode(token).strip()!r}",
+        title=f"what makes {short(model.name)} say {quoted(model.decode(token))}",
         model=model.name,
         prompt=prompt if isinstance(prompt, str) else "".join(batch.tokens[0]),
         tokens=list(batch.tokens[0]),
@@ -160,12 +195,12 @@ def explain(
     return told.replace(story=story(told), caveats=caveats(told))
 
 
-def _make(asked: Asked) -> dict[str, str]:
-    """Makes every part there is; why the others are missing, by name."""
+def _make(asked: Asked, names: Sequence[str]) -> dict[str, str]:
+    """Makes the parts; why some are missing, by name."""
     refused: dict[str, str] = {}
-    for name, make in track(PARTS.items(), "explaining", total=len(PARTS)):
+    for name in track(names, "explaining", total=len(names)):
         try:
-            asked.found[name] = make(asked)
+            asked.found[name] = PARTS[name](asked)
         except CutawayError as error:
             refused[name] = str(error)
         except Exception as error:  # noqa: BLE001 - a part that breaks must not cost the others
@@ -183,7 +218,7 @@ def _proved(
             units = [Unit.parse(item) for item in part.items]
             sets[name] = worthwhile(units, part.scores.tolist())[: asked.k]
     alone = sets.get("heads", [])
-    proved = prove_together(ablation, sets, WHOLE, alone, draws, seed)
+    proved = prove_together(ablation, sets, WHOLE, alone, draws, seed, NOUNS)
     parts = {
         name: part.replace(proof=proved.proofs[name], notes=()) if name in proved.proofs else part
         for name, part in asked.found.items()

@@ -37,8 +37,8 @@ def function_of(record: Method) -> Callable[..., None]:
         if "prompt" not in params:
             params = {**_example(given["model"], given["image"] is not None), **params}
         told: Any = run(record, given["model"], params, given)
-        failed = [*(["any part"] if not told.proofs else []), *(name.replace("_", " ") for name in told.unproved)]
-        if failed:
+        if not told.proved:
+            failed = [name.replace("_", " ") for name in told.unproved] or ["the whole" if told.proofs else "any part"]
             warn(f"not proved: {', '.join(failed)}; taking away what they name does no more than random ones")
             if given["strict"]:
                 raise typer.Exit(UNPROVED)

@@ -138,6 +138,12 @@ def prove(ablation: Ablation, draws: Draws, ks: Sequence[int], n_draws: int, abl
     return proof_of(drop[: len(ks)], random, ks, ablated, draws.matched, ablation.measures)
 
 
+def worthwhile(units: Sequence[Unit], scores: Sequence[float]) -> list[Unit]:
+    """The components that add something to speak of, in their order."""
+    best = max(scores, default=0.0)
+    return [unit for unit, score in zip(units, scores, strict=True) if score > max(0.0, WORTH * best)]
+
+
 def prove_best(
     model: WatchedModel,
     inputs: Inputs,
@@ -155,9 +161,7 @@ def prove_best(
     """
     if n_draws == 0:
         return None, ["no proof was asked for"]
-    best = max(scores, default=0.0)
-    worthy = [u for u, s in zip(units, scores, strict=True) if s > max(0.0, WORTH * best)]
-    drawer = Draws(model, worthy, inputs.ids.shape[1], seed)
+    drawer = Draws(model, worthwhile(units, scores), inputs.ids.shape[1], seed)
     if drawer.most == 0:
         return None, ["no proof: nothing adds to the answer, or there are too few others to compare with"]
     ablation = Ablation(model, inputs, ids, rival=rival)

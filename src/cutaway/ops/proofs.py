@@ -11,7 +11,6 @@ from cutaway.ops.draws import Draws, proof_of
 from cutaway.ops.units import Unit
 
 JOINT = "joint"  # the name of the proof of several sets together
-WORTH = 1e-3  # of the best score: what adds less is not among those that a proof takes away
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,11 @@ def prove_together(
     alone: Sequence[Unit],
     n_draws: int,
     seed: int,
+    words: Mapping[str, str],
 ) -> Proved:
     """The proof of every set in ``named``, of those in ``joint`` together, and the drop without each of ``alone``.
 
-    A set is made smaller until there is room for random ones of its kind; one that is empty then has no proof.
+    ``words`` says how sets are called in a sentence. A set is made smaller until there is room for random ones of its kind; one that is empty then has no proof.
     """
     found = Proved()
     drawers: dict[str, Draws] = {}
@@ -62,8 +62,8 @@ def prove_together(
     at = len(alone)
     for name, drawer in drawers.items():
         effect, random = drop[at : at + 1], drop[at + 1 : at + 1 + n_draws, None]
-        what = " and ".join(each for each in joint if each in drawers) if name == JOINT else name
-        what = f"zeroing the top {what.replace('_', ' ')}"
+        parts = [each for each in joint if each in drawers] if name == JOINT else [name]
+        what = f"zeroing the top {' and '.join(words.get(each, each) for each in parts)}"
         found.proofs[name] = proof_of(effect, random, [len(drawer.units)], what, drawer.matched, ablation.measures)
         at += 1 + n_draws
     return found
@@ -74,9 +74,3 @@ def _roomy(ablation: Ablation, units: Sequence[Unit], seed: int) -> Draws:
     drawer = Draws(ablation.model, units, ablation.inputs.ids.shape[1], seed)
     drawer.units = drawer.units[: drawer.most]
     return drawer
-
-
-def worthwhile(units: Sequence[Unit], scores: Sequence[float]) -> list[Unit]:
-    """Those that add something to speak of, in their order."""
-    best = max(scores, default=0.0)
-    return [unit for unit, score in zip(units, scores, strict=True) if score > max(0.0, WORTH * best)]

@@ -84,8 +84,8 @@ class Explanation(Kind, kind="explanation"):
 
     @property
     def proved(self) -> bool:
-        """Whether there are proofs, and all of them hold."""
-        return bool(self.proofs) and not self.unproved
+        """Whether there are proofs, and all of them hold, that of the whole among them."""
+        return bool(self.proofs) and not self.unproved and (self.proof is None or self.proof.holds)
 
     @property
     def command(self) -> str:

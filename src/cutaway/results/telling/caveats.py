@@ -7,16 +7,21 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from cutaway.ops.stats import rank_correlation
 from cutaway.ops.units import Unit
+from cutaway.results.imagemap import ImageMap
 from cutaway.results.ranking import Ranking
-from cutaway.results.telling.words import percent, token
+from cutaway.results.telling.words import NOUNS, listed, percent, token
 
 if TYPE_CHECKING:
     from cutaway.results.explanation import Explanation
 
 SATURATED = 0.95
 SINK_SHARE = 0.3
+IMAGE_SHARE = 0.2
+LITTLE = 0.1  # a drop that hardly changes a probability
 AGREES, FEWEST = 0.3, 4
 STAND_IN = 5.0  # times what all lose one by one: so much more do they lose together when they stand in for each other
 DROP = "drop without it"
@@ -25,7 +30,7 @@ DROP = "drop without it"
 
 def caveats(told: Explanation) -> tuple[str, ...]:
     """The caveats that apply, in sentences."""
-    makers = (_unproved, _another, _saturated, _sinks, _static, _checks)
+    makers = (_unproved, _another, _image, _saturated, _little, _sinks, _static, _checks)
     return tuple(sentence for make in makers for sentence in make(told))
 
 
@@ -42,6 +47,19 @@ def _another(told: Explanation) -> Iterator[str]:
         )
 
 
+def _image(told: Explanation) -> Iterator[str]:
+    """An answer that the image has little part in."""
+    patches = told.parts.get("image_patches")
+    if not isinstance(patches, ImageMap):
+        return
+    share = patches.figures.get("image share", 1.0)
+    if share < IMAGE_SHARE:
+        yield (
+            f"Likely a hallucination: the image's share of what positions bring for and against the answer is "
+            f"{share:.2f}; the rest comes from the words of the question (an absence, too, is shown by no patch)."
+        )
+
+
 def _saturated(told: Explanation) -> Iterator[str]:
     chance = math.exp(told.log_prob)
     if chance > SATURATED and not told.versus and len(told.answers) > 1:
@@ -49,6 +67,17 @@ def _saturated(told: Explanation) -> Iterator[str]:
         yield (
             f"The probability is saturated ({percent(chance)}): late layers hardly can add to it. The logit difference "
             f"shows them: --versus {rival!r}."
+        )
+
+
+def _little(told: Explanation) -> Iterator[str]:
+    """Proofs that hold and show next to nothing."""
+    small = [name for name, proof in told.proofs.items() if proof.holds and proof.effect[-1] < LITTLE]
+    if small:
+        most = max(float(told.proofs[name].effect[-1]) for name in small)
+        yield (
+            f"More than random, and yet next to nothing (at most {most:.2g} {told.proofs[small[0]].unit}): what is lost "
+            f"without the {listed([NOUNS.get(name, name) for name in small])} named; others make up for them."
         )
 
 
@@ -83,7 +112,7 @@ def _static(told: Explanation) -> Iterator[str]:
                 f"{part.proof.unit}, without any one of them at most {largest:.2g}."
             )
             continue
-        agree = correlation(part.scores[good], drop[good])
+        agree = rank_correlation(torch.tensor(part.scores[good]), torch.tensor(drop[good]))
         if good.sum() >= FEWEST and agree < AGREES:
             yield (
                 f"What the {noun} add and what is lost without each of them do not go together (rank correlation "
@@ -95,11 +124,3 @@ def _checks(told: Explanation) -> Iterator[str]:
     for name, part in told.parts.items():
         if part.check is not None and not part.check.holds:
             yield f"The own check of the part {name.replace('_', ' ')} fails: {part.check}."
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation (Spearman) of two rows of numbers; 0 where one of them is constant."""
-    first, second = (np.argsort(np.argsort(each)).astype(np.float64) for each in (a, b))
-    if a.std() == 0 or b.std() == 0:
-        return 0.0
-    return float(np.corrcoef(first, second)[0, 1])

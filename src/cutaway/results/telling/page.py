@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cutaway.results.explanation import Explanation
 
 STYLE = """
-body{max-width:60rem}.lead{font-size:1.05rem;max-width:46rem}.prompt{line-height:2.1;margin:.2rem 0 1rem}
+body{max-width:64rem}.lead{max-width:52rem}.prompt{line-height:2.1;margin:.2rem 0 1rem}
 .chip{padding:.1rem .28rem;margin:0 .06rem;border-radius:4px;white-space:pre;border-bottom:2px solid var(--line)}
 .chip.image{font-style:italic;color:var(--faint)}
 .bars{display:grid;grid-template-columns:max-content minmax(4rem,22rem) max-content;gap:.15rem .8rem;align-items:center}
@@ -32,15 +32,16 @@ body{max-width:60rem}.lead{font-size:1.05rem;max-width:46rem}.prompt{line-height
 border-left:5px solid var(--good)}
 .verdict.bad{border-left-color:var(--bad)}
 .verdict p{margin:.15rem 0}ul{padding-left:1.2rem}li{margin:.3rem 0}
-details{margin:.6rem 0}summary{cursor:pointer;color:var(--faint)}
-td .bar{display:inline-block;vertical-align:middle}.scroll{max-height:32rem}
+.more{margin:.6rem 0}.more>summary{cursor:pointer;color:var(--faint)}
+td .bar{display:inline-block;vertical-align:middle}.scroll{max-height:32rem;width:fit-content;max-width:100%}
+.scroll tr:last-child td{border-bottom:0}
 svg.still{width:min(16rem,60vw);image-rendering:pixelated;border-radius:6px}
 :root{--bar:BAR_L;--good:#1a7f4b;--bad:#b35900}
 @media(prefers-color-scheme:dark){:root{--bar:BAR_D;--good:#3fb97c;--bad:#f0a04b}}
 @media(max-width:40rem){body{margin:1rem auto;padding:0 .8rem}h1{font-size:1.15rem}
 .bars{grid-template-columns:max-content 1fr max-content}}
 """
-ROWS = 10
+ROWS, MOST_VEIL = 10, 0.5
 
 
 def page(told: Explanation) -> str:
@@ -98,7 +99,7 @@ def _prompt(told: Explanation) -> Iterator[str]:
 
 
 def _chip(text: str, strength: float, kind: str, share: float) -> str:
-    veil = f"background:color-mix(in srgb,var(--bar) {min(1.0, strength):.0%},transparent)" if strength > 0 else ""
+    veil = f"background:color-mix(in srgb,var(--bar) {MOST_VEIL * min(1.0, strength):.0%},transparent)" if strength > 0 else ""
     said = f' title="{share:.0%} of what the named heads bring"' if strength > 0 else ""
     return f'<span class="{kind}" style="{veil}"{said}>{html.escape(text)}</span>'
 
@@ -191,7 +192,7 @@ def _which(told: Explanation) -> Iterator[str]:
         yield _ranked(told, "ffn_neurons")
     for name in ("query_neurons", "attention_neurons", "head_positions"):
         if name in told.parts:
-            yield f"<details><summary>{_title(name)}</summary>{_ranked(told, name)}</details>"
+            yield f"<details class="more"><summary>{_title(name)}</summary>{_ranked(told, name)}</details>"
 
 
 def _ranked(told: Explanation, name: str) -> str:
@@ -215,10 +216,15 @@ def _ranked(told: Explanation, name: str) -> str:
             *(html.escape(cell_text(each[i])) for each in columns.values()),
         ]
         if shown:
-            row += [html.escape(text) for text in read.get(item, ("", ""))]
+            row += [html.escape(_tokens_of(text)) for text in read.get(item, ("", ""))]
         rows.append(row)
     head = ["component", f"adds ({part.unit})", *columns, *(["raises", "lowers"] if shown else [])]
     return _table([html.escape(each) for each in head], rows)
+
+
+def _tokens_of(text: str) -> str:
+    """The tokens of 'Easton +3.4, Henley +3', without the numbers that the table of what neurons write has."""
+    return "  ".join(each.rpartition(" ")[0] for each in text.split(", "))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

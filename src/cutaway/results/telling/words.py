@@ -10,6 +10,7 @@ import numpy as np
 
 from cutaway.core.errors import SiteSyntaxError
 from cutaway.ops.units import Unit
+from cutaway.results.imagemap import ImageMap
 from cutaway.results.ranking import Ranking
 from cutaway.results.readout import Readout
 from cutaway.results.table import Table
@@ -27,6 +28,7 @@ NOUNS = {
     "image_patches": "image patches",
 }
 """What the parts name, for a sentence."""
+TWO_HOP = "two-hop"
 NAMED = 3  # components that a sentence names
 
 
@@ -40,6 +42,11 @@ def percent(p: float) -> str:
         return "100 %" if p == 1 else "> 99.99 %"
     digits = 2 if p > 0.99 or p < 0.01 else 1
     return f"{100 * p:.{digits}f} %"
+
+
+def short(model: str) -> str:
+    """A model's name in a sentence: the last part of a path."""
+    return model.rstrip("/").rpartition("/")[2]
 
 
 def signed(value: float) -> str:
@@ -59,8 +66,8 @@ def token(text: str) -> str:
     return "‘" + plain.replace("\n", "⏎").replace("\t", "⇥") + "’"
 
 
-def spoken(item: str) -> str:
-    """A component as one says it: layer 2 head 0, layer 0 neuron 292."""
+def spoken(item: str, layer: str = "layer ") -> str:
+    """A component as one says it: layer 2 head 0, layer 0 neuron 292; with ``layer="L"`` in few letters."""
     try:
         unit = Unit.parse(item)
     except SiteSyntaxError:
@@ -72,7 +79,7 @@ def spoken(item: str) -> str:
         "attn.z": f"head {unit.number}" + (f" channel {unit.inner}" if unit.inner >= 0 else ""),
         "expert.act": f"expert {unit.number} neuron {unit.inner}",
     }[unit.kind]
-    return f"layer {unit.layer} {what}"
+    return f"{layer}{unit.layer} {what}"
 
 
 def place(told: Explanation, at: int) -> str:
@@ -102,7 +109,7 @@ def goal(told: Explanation) -> str:
 def _answer(told: Explanation) -> Iterator[str]:
     chances = np.exp(told.answer_log_probs.astype(np.float64)).tolist()
     others = [f"{token(a)} ({percent(p)})" for a, p in zip(told.answers[1:3], chances[1:3], strict=True)]
-    best = f"{told.model or 'The model'} continues with {token(told.answers[0])} ({percent(chances[0])})"
+    best = f"{short(told.model) or 'The model'} continues with {token(told.answers[0])} ({percent(chances[0])})"
     yield f"{best}, before {listed(others)}." if others else f"{best}."
     if told.rank:
         chance = percent(math.exp(told.log_prob))
@@ -135,7 +142,8 @@ def _layers(told: Explanation) -> Iterator[str]:
     sides = {side: float(sum(s for i, s in _scored(layers) if i.endswith(side))) for side in ("attn.out", "mlp.out")}
     total = sum(sides.values())
     yield (
-        f"From the embedding to the end {goal(told)} gains {total:.3g} {layers.unit}: attention brings "
+        f"From the embedding to the end {goal(told)} {'gains' if total >= 0 else 'loses'} {abs(total):.3g} "
+        f"{layers.unit}: attention brings "
         f"{signed(sides['attn.out'])}, the MLPs {signed(sides['mlp.out'])}; most come from {_best(layers)}."
     )
 
@@ -169,10 +177,10 @@ def _neurons(told: Explanation) -> Iterator[str]:
     sentence = f"The FFN neurons that add most are {_best(neurons)}"
     writes = told.parts.get("writes")
     if isinstance(writes, Table) and len(writes.columns["component"]):
-        sentence += f"; the first writes {writes.columns['raises'][0].split(',')[0].rsplit(' ', 1)[0]!r} most"
+        sentence += f"; the first raises {token(str(writes.columns['raises'][0]).split(', ')[0].rpartition(' ')[0])} most"
         top = [i for i, place in enumerate(writes.columns["target place"]) if place == 0]
         if top:
-            sentence += f", and {len(top)} of {len(writes.columns['component'])} raise {token(told.target)} above all"
+            sentence += f", and {len(top)} of {len(writes.columns['component'])} raise {token(told.target)} most of all tokens"
     yield sentence + "."
 
 
@@ -183,7 +191,17 @@ def _queries(told: Explanation) -> Iterator[str]:
 
 
 def _patches(told: Explanation) -> Iterator[str]:
-    yield from ()
+    patches = told.parts.get("image_patches")
+    if not isinstance(patches, ImageMap) or TWO_HOP not in patches.along("map"):
+        return
+    values = patches.values[patches.along("map").index(TWO_HOP)]
+    row, column = (int(i) for i in np.unravel_index(int(np.nanargmax(values)), values.shape))
+    sentence = (
+        f"In the image the patch in row {row + 1}, column {column + 1} brings most "
+        f"({signed(float(values[row, column]))} {patches.unit}, directly and through the words)"
+    )
+    share = patches.figures.get("image share")
+    yield sentence + (f"; the image's share of the answer is {share:.2f}." if share is not None else ".")
 
 
 def _proofs(told: Explanation) -> Iterator[str]:
@@ -191,7 +209,7 @@ def _proofs(told: Explanation) -> Iterator[str]:
     if proof is not None:
         before, effect = math.exp(told.log_prob), float(proof.effect[-1])
         after = "" if told.versus else f", to a probability of {percent(before * math.exp(-effect))}"
-        what = proof.ablated.removeprefix("zeroing the top ").replace("ffn", "FFN")
+        what = proof.ablated.removeprefix("zeroing the top ")
         yield (
             f"Without the {proof.ks[-1]} {what} named, {proof.metric} falls by {effect:.3g} {proof.unit}{after}; "
             f"without as many random ones by {proof.random[:, -1].mean():.2g}."
