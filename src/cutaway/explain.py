@@ -17,21 +17,23 @@ from cutaway.core.progress import track
 from cutaway.core.proof import Proof
 from cutaway.core.result import Result
 from cutaway.methods.locate.image_patches import image_patches
+from cutaway.methods.locate.logit_flow import logit_flow
 from cutaway.methods.locate.neuron_attribution import neuron_attribution
 from cutaway.methods.locate.neuron_projection import neuron_projection
 from cutaway.methods.locate.query_neurons import query_neurons
 from cutaway.methods.see.logit_lens import logit_lens
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation
-from cutaway.ops.parts import unpadded
 from cutaway.ops.draws import worthwhile
+from cutaway.ops.parts import unpadded
 from cutaway.ops.proofs import JOINT, prove_together
 from cutaway.ops.units import Unit
 from cutaway.results.explanation import Explanation
 from cutaway.results.imagemap import ImageMap
 from cutaway.results.ranking import Ranking
 from cutaway.results.telling.caveats import DROP, caveats
-from cutaway.results.telling.words import NOUNS, short, story, token as quoted
+from cutaway.results.telling.words import NOUNS, short, story
+from cutaway.results.telling.words import token as quoted
 
 ANSWERS = 5
 PATCHES = "image_patches"  # left out where there is no image
@@ -103,6 +105,18 @@ def _queries(asked: Asked) -> Result:
     )
 
 
+def _flow(asked: Asked) -> Result:
+    return logit_flow(
+        asked.model,
+        asked.prompt,
+        image=asked.image,
+        target=asked.target,
+        versus=asked.versus,
+        draws=asked.draws,
+        seed=asked.seed,
+    )
+
+
 def _patches(asked: Asked) -> Result:
     return image_patches(
         asked.model,
@@ -125,6 +139,7 @@ PARTS: dict[str, Callable[[Asked], Result]] = {
     "attention_neurons": lambda asked: asked.located("attention-neuron"),
     "writes": _writes,
     "query_neurons": _queries,
+    "logit_flow": _flow,
     PATCHES: _patches,
 }
 """How each part is made, in the order in which they need one another."""

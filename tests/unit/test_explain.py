@@ -17,9 +17,11 @@ import cutaway
 from cutaway import specimens
 from cutaway.cli import main
 from cutaway.core.errors import ParameterError, ResultError, TokenError, UnsupportedError, WeightsError
+from cutaway.data import Scenes
 from cutaway.explain import PARTS, explain
 from cutaway.models.handle import Model
 from cutaway.results.explanation import Explanation
+from cutaway.results.telling.caveats import caveats
 
 PLANTED = ("planted-llama", "planted-gpt2", "planted-gemma")
 
@@ -39,6 +41,7 @@ def test_what_was_planted_is_named_first_and_proved(name: str) -> None:
     assert told["head_positions"].columns["source"][0] == truth["query_neuron_position"]
     assert told.log_prob == pytest.approx(truth["log_probability"], abs=1e-4)
     assert told["heads"].proof.effect[-1] > 1.0
+    assert told["query_neurons"].items[0] == truth["query_neuron"]
 
 
 def test_every_part_is_there_and_every_located_one_is_proved(town: Explanation) -> None:
@@ -49,6 +52,33 @@ def test_every_part_is_there_and_every_located_one_is_proved(town: Explanation) 
     assert town.proof is not None
     assert town.proof.holds
     assert town.proof.effect[-1] > town["ffn_neurons"].proof.effect[-1]
+
+
+def test_a_question_about_an_image_is_traced_to_its_patch() -> None:
+    world, model = Scenes(seed=0), cutaway.load("scenes")
+    scene, question = world.exam(1, "colour")[0]
+    told = explain(model, question.prompt, image=scene.image())
+    assert told.target == question.answer
+    patches = told["image_patches"]
+    thing = scene.find(question.subject)
+    assert thing is not None
+    best = np.unravel_index(int(patches.values[patches.along("map").index("two-hop")].argmax()), (4, 4))
+    assert best == (thing.row, thing.column)
+    assert f"the patch in row {thing.row + 1}, column {thing.column + 1} brings most" in " ".join(told.story)
+    assert told.image is not None
+    assert told["image_patches"].proof.holds
+    assert "data:image/png;base64" in told.page()
+
+
+def test_an_answer_that_the_image_has_no_part_in_is_called_a_hallucination() -> None:
+    model = cutaway.load("scenes")
+    scene, question = Scenes(seed=0).exam(1, "colour")[0]
+    told = explain(model, question.prompt, image=scene.image())
+    share = told["image_patches"].figures["image share"]
+    assert not any("hallucination" in line for line in told.caveats)
+    low = told["image_patches"].replace(figures={"image share": 0.05})
+    assert share > 0.5
+    assert any("Likely a hallucination" in line for line in caveats(told.replace(parts={"image_patches": low})))
 
 
 def test_the_proof_is_what_taking_away_does(town: Explanation) -> None:

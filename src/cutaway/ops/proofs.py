@@ -38,7 +38,8 @@ def prove_together(
 ) -> Proved:
     """The proof of every set in ``named``, of those in ``joint`` together, and the drop without each of ``alone``.
 
-    ``words`` says how sets are called in a sentence. A set is made smaller until there is room for random ones of its kind; one that is empty then has no proof.
+    A set is made smaller until there is room for random ones of its kind; one that is empty then has no proof.
+    ``words`` says how the sets are called in a sentence.
     """
     found = Proved()
     drawers: dict[str, Draws] = {}

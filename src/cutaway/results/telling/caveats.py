@@ -76,8 +76,8 @@ def _little(told: Explanation) -> Iterator[str]:
     if small:
         most = max(float(told.proofs[name].effect[-1]) for name in small)
         yield (
-            f"More than random, and yet next to nothing (at most {most:.2g} {told.proofs[small[0]].unit}): what is lost "
-            f"without the {listed([NOUNS.get(name, name) for name in small])} named; others make up for them."
+            f"More than random, yet next to nothing (at most {most:.2g} {told.proofs[small[0]].unit}) is lost without "
+            f"the {listed([NOUNS.get(name, name) for name in small])} named; others make up for them."
         )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cutaway.results.explanation import Explanation
 
 STYLE = """
-body{max-width:64rem}.lead{max-width:52rem}.prompt{line-height:2.1;margin:.2rem 0 1rem}
+.picture{margin:.3rem 0}body{max-width:64rem}.lead{max-width:52rem}.prompt{line-height:2.1;margin:.2rem 0 1rem}
 .chip{padding:.1rem .28rem;margin:0 .06rem;border-radius:4px;white-space:pre;border-bottom:2px solid var(--line)}
 .chip.image{font-style:italic;color:var(--faint)}
 .bars{display:grid;grid-template-columns:max-content minmax(4rem,22rem) max-content;gap:.15rem .8rem;align-items:center}
@@ -99,7 +99,11 @@ def _prompt(told: Explanation) -> Iterator[str]:
 
 
 def _chip(text: str, strength: float, kind: str, share: float) -> str:
-    veil = f"background:color-mix(in srgb,var(--bar) {MOST_VEIL * min(1.0, strength):.0%},transparent)" if strength > 0 else ""
+    veil = (
+        f"background:color-mix(in srgb,var(--bar) {MOST_VEIL * min(1.0, strength):.0%},transparent)"
+        if strength > 0
+        else ""
+    )
     said = f' title="{share:.0%} of what the named heads bring"' if strength > 0 else ""
     return f'<span class="{kind}" style="{veil}"{said}>{html.escape(text)}</span>'
 
@@ -192,7 +196,7 @@ def _which(told: Explanation) -> Iterator[str]:
         yield _ranked(told, "ffn_neurons")
     for name in ("query_neurons", "attention_neurons", "head_positions"):
         if name in told.parts:
-            yield f"<details class="more"><summary>{_title(name)}</summary>{_ranked(told, name)}</details>"
+            yield f'<details class="more"><summary>{_title(name)}</summary>{_ranked(told, name)}</details>'
 
 
 def _ranked(told: Explanation, name: str) -> str:

@@ -75,7 +75,9 @@ def _components(told: Explanation) -> Any:
             score = float(part.scores[i])
             bar = Text("█" * max(1, round(BAR * length)), style="green" if score > 0 else "red")
             left = [Text(NOUNS[name], style="bold"), _lost(part)][i] if i < 2 else Text()
-            table.add_row(left, spoken(str(part.items[i]), "L"), f"{signed(score):>7}", bar, _beside(told, name, part, i))
+            table.add_row(
+                left, spoken(str(part.items[i]), "L"), f"{signed(score):>7}", bar, _beside(told, name, part, i)
+            )
     return table
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from cutaway.core.errors import SiteSyntaxError
 from cutaway.ops.units import Unit
+from cutaway.results.grid import Grid
 from cutaway.results.imagemap import ImageMap
 from cutaway.results.ranking import Ranking
 from cutaway.results.readout import Readout
@@ -25,6 +26,7 @@ NOUNS = {
     "ffn_neurons": "FFN neurons",
     "attention_neurons": "attention neurons",
     "query_neurons": "query neurons",
+    "logit_flow": "cells of the flow",
     "image_patches": "image patches",
 }
 """What the parts name, for a sentence."""
@@ -96,7 +98,7 @@ def listed(words: Sequence[str]) -> str:
 
 def story(told: Explanation) -> tuple[str, ...]:
     """What happened, in sentences."""
-    makers = (_answer, _lens, _layers, _heads, _neurons, _queries, _patches, _proofs)
+    makers = (_answer, _lens, _layers, _heads, _neurons, _queries, _flow, _patches, _proofs)
     return tuple(sentence for make in makers for sentence in make(told) if sentence)
 
 
@@ -177,10 +179,14 @@ def _neurons(told: Explanation) -> Iterator[str]:
     sentence = f"The FFN neurons that add most are {_best(neurons)}"
     writes = told.parts.get("writes")
     if isinstance(writes, Table) and len(writes.columns["component"]):
-        sentence += f"; the first raises {token(str(writes.columns['raises'][0]).split(', ')[0].rpartition(' ')[0])} most"
+        sentence += (
+            f"; the first raises {token(str(writes.columns['raises'][0]).split(', ')[0].rpartition(' ')[0])} most"
+        )
         top = [i for i, place in enumerate(writes.columns["target place"]) if place == 0]
         if top:
-            sentence += f", and {len(top)} of {len(writes.columns['component'])} raise {token(told.target)} most of all tokens"
+            sentence += (
+                f", and {len(top)} of {len(writes.columns['component'])} raise {token(told.target)} most of all tokens"
+            )
     yield sentence + "."
 
 
@@ -188,6 +194,24 @@ def _queries(told: Explanation) -> Iterator[str]:
     queries = told.parts.get("query_neurons")
     if isinstance(queries, Ranking) and len(queries):
         yield f"They were switched on earlier, most by {_best(queries)}."
+
+
+def _flow(told: Explanation) -> Iterator[str]:
+    flow = told.parts.get("logit_flow")
+    if not isinstance(flow, Grid) or flow.values.ndim != 3 or not flow.values.size:
+        return
+    handed = [i for i, name in enumerate(flow.along("flow")) if str(name).startswith("query")]
+    values = flow.values[handed]
+    if not handed or not np.isfinite(values).any():
+        return
+    which, layer, position = (int(i) for i in np.unravel_index(int(np.nanargmax(values)), values.shape))
+    name = flow.along("layer")[layer]
+    part = str(flow.along("flow")[handed[which]]).partition(": ")[2]
+    what = "the embedding" if name == "embed" else f"the {part.partition(',')[0]} of layer {name}"
+    yield (
+        f"Followed one step back, most was brought by {what} at {place(told, position)} "
+        f"({signed(float(values[which, layer, position]))} {flow.unit})."
+    )
 
 
 def _patches(told: Explanation) -> Iterator[str]:
