@@ -154,14 +154,30 @@ class Inputs:
         )
 
     def repeat(self, n: int) -> Inputs:
-        """One row repeated ``n`` times (text only)."""
-        if len(self) != 1 or self.extra:
-            raise InputError(
-                f"repeat {n} times", f"{len(self)} rows, extra inputs {sorted(self.extra)}", "give one text row"
-            )
+        """One row repeated ``n`` times, its images with it: processors put those of all rows one after another."""
+        if len(self) != 1:
+            raise InputError(f"repeat {n} times", f"{len(self)} rows", "give one row")
         return replace(
-            self, ids=self.ids.repeat(n, 1), mask=self.mask.repeat(n, 1), tokens=self.tokens * n, roles=self.roles * n
+            self,
+            ids=self.ids.repeat(n, 1),
+            mask=self.mask.repeat(n, 1),
+            tokens=self.tokens * n,
+            roles=self.roles * n,
+            extra={name: self._repeated(value, n) for name, value in self.extra.items()},
+            grids=tuple(
+                replace(grid, row=b, image=grid.image + b * len(self.images)) for b in range(n) for grid in self.grids
+            ),
+            images=self.images * n,
         )
+
+    def _repeated(self, value: Any, n: int) -> Any:
+        if isinstance(value, list):
+            return value * n
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        if value.ndim == 3 and value.shape[1:] == self.ids.shape:  # positions along several axes: [axis, row, pos]
+            return value.repeat(1, n, 1)
+        return value.repeat(n, *[1] * (value.ndim - 1))
 
     def extend(self, ids: Sequence[int], tokens: Sequence[str] = ()) -> Inputs:
         """Every row with ``ids`` appended as text. Rows must not be padded on the right, and carry no images."""

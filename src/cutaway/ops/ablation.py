@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,11 +19,12 @@ from cutaway.core.intervention import Apply, Where
 from cutaway.core.progress import track
 from cutaway.core.site import Items
 from cutaway.ops.units import WHOLE, Unit
-from cutaway.ops.watched import WatchedModel
+from cutaway.ops.watched import WatchedModel, rounding
 
 How = Literal["zero", "mean", "resample"]
 Reach = Literal["all", "last"]
-ROWS = 2048  # positions in one batch of rows beyond which a pass gets no faster per row
+ROWS = {"cpu": 1024}  # positions in one batch of rows beyond which a pass gets no faster per row
+MANY = 8192  # the same on other devices
 
 Set = Sequence[Unit]
 
@@ -75,6 +77,7 @@ class Ablation:
         self.reads = inputs.real[0][-len(self.ids) :]
         self.reference = list(reference) or [inputs]
         self.generator = torch.Generator().manual_seed(seed)
+        self._base: Effect | None = None
         self._values: dict[str, Tensor] = {}
         self._brought: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -89,14 +92,30 @@ class Ablation:
         return self._batched(sets, tuple(dict.fromkeys(map(site_of, layers))))
 
     def _batched(self, sets: Sequence[Set], all_but: Sequence[str]) -> Effect:
-        size = 1 if self.inputs.extra else max(1, ROWS // self.inputs.ids.shape[1])
+        size = self._at_once
         starts = range(0, len(sets), size)
         found = [self._rows(sets[i : i + size], all_but) for i in track(starts, "ablations", total=len(starts))]
         return Effect(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def base(self) -> Effect:
         """The run as it is."""
-        return self._rows([()])
+        if self._base is None:
+            self._base = self._rows([()])
+        return self._base
+
+    @cached_property
+    def _at_once(self) -> int:
+        """How many rows one pass takes: a single one where the model does not take these inputs repeated."""
+        rows = max(1, ROWS.get(self.model.device.type, MANY) // self.inputs.ids.shape[1])
+        if rows == 1 or not self.inputs.extra:
+            return rows
+        base = self.base().logp
+        try:
+            found = self._rows([(), ()]).logp
+        except Exception:  # noqa: BLE001  whatever repeated images make a model raise is a reason not to repeat them
+            return 1
+        near = rounding(self.model.dtype) * max(1.0, float(base.abs()))
+        return rows if bool(((found - base).abs() <= near).all()) else 1
 
     def _rows(self, sets: Sequence[Set], all_but: Sequence[str] = ()) -> Effect:
         by_site: dict[str, list[tuple[int, Unit]]] = defaultdict(list, {site: [] for site in all_but})

@@ -56,6 +56,18 @@ def test_a_row_alone_has_no_padding(side: str) -> None:
         batch(side, pixel_values=torch.zeros(2, 3, 4, 4)).row(0)
 
 
+def test_images_repeat_with_their_row() -> None:
+    row = batch().row(0)
+    positions = torch.arange(12).view(3, 1, 4)  # along three axes, as Qwen-VL counts them
+    extra = {"pixel_values": torch.rand(2, 3, 8, 8), "position_ids": positions, "sizes": [(8, 8)], "fast": True}
+    grids = tuple(PatchGrid(0, (1 + i,), torch.zeros(1, 4), (1, 1), image=i) for i in range(2))
+    given = Inputs(row.ids, row.mask, row.tokens, row.roles, extra, grids, ("a", "b")).repeat(3)
+    assert torch.equal(given.extra["pixel_values"], torch.cat([extra["pixel_values"]] * 3))
+    assert torch.equal(given.extra["position_ids"], positions.expand(3, 3, 4))
+    assert (given.extra["sizes"], given.extra["fast"], given.images) == ([(8, 8)] * 3, True, ("a", "b") * 3)
+    assert [(grid.row, grid.image) for grid in given.grids] == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
+
+
 def test_a_row_repeats_and_grows() -> None:
     row = batch().row(0)
     assert row.repeat(3).ids.tolist() == [[5, 6, 7, 8]] * 3

@@ -170,6 +170,6 @@ def _all(drawer: Draws) -> list[Unit]:
 
 def _check(ablation: Ablation, base: Effect) -> Check:
     """Taking nothing away, in a batch, changes nothing."""
-    nothing = ablation([(), ()]) if not ablation.inputs.extra else ablation([()])
+    nothing = ablation([(), ()])
     error = float((nothing.logp - base.logp).abs().max())
     return Check(name="rows without an ablation give the plain run", value=error, tolerance=1e-4)

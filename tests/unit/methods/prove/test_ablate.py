@@ -7,7 +7,9 @@ import torch
 
 from cutaway import specimens
 from cutaway.core.errors import CutawayError, ParameterError, SiteRangeError, SiteSyntaxError
+from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Mean, Zero
+from cutaway.data.scenes import Scenes
 from cutaway.methods.locate.neuron_attribution import neuron_attribution
 from cutaway.methods.prove.ablate import ablate
 from cutaway.models.handle import Model
@@ -17,6 +19,7 @@ from cutaway.ops.ablation import Ablation
 from cutaway.ops.draws import Draws, sizes
 from cutaway.ops.units import Unit
 from cutaway.results.ranking import Ranking
+from tests import architectures
 
 IDS = [5, 9, 6, 7, 8]
 
@@ -153,3 +156,42 @@ def test_refusals():
         ablate(Model(tiny("LlamaForCausalLM", num_hidden_layers=2).hf), IDS, sites="L0.attn.out")
     with pytest.raises(CutawayError, match="positions"):
         ablate(model, IDS, ranking=Ranking(items=["L1.attn.z[0] from 50"], scores=[1.0]))
+
+
+def test_a_question_about_an_image_runs_in_rows():
+    model = load("scenes")
+    (scene, example), *_ = Scenes(seed=0).exam(1, "colour")
+    inputs = model.inputs(example.prompt, image=scene.image())
+    token = int(model(inputs)[0, -1].argmax())
+    sets = [[Unit("attn.z", i, h)] for i in range(model.n_layers) for h in range(2)] + [[Unit("mlp.out", 1)]]
+    found = Ablation(model, inputs, [token])
+    assert found._at_once > 1
+    for i, effect in enumerate(found(sets).logp):
+        logits = model.trace(inputs, do=[Zero(str(unit)) for unit in sets[i]]).logits[0, -1]
+        assert float(effect) == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", architectures.IMAGE)
+def test_images_are_repeated_with_their_rows(name):
+    model, inputs = architectures.model(name), architectures.inputs(name)
+    logits = model(inputs.repeat(3))
+    torch.testing.assert_close(logits, model(inputs).expand_as(logits), rtol=0, atol=1e-4)
+    found = Ablation(model, inputs, [5])
+    assert found._at_once > 1
+    rows = found([[Unit("attn.out", 0)], [Unit("attn.out", 1)]]).logp
+    for i in range(2):
+        logits = model.trace(inputs, do=[Zero(f"L{i}.attn.out")]).logits[0, -1]
+        assert float(rows[i]) == pytest.approx(float(logits.log_softmax(-1)[5]), abs=1e-4)
+
+
+def test_inputs_that_a_model_does_not_take_repeated_run_one_by_one(monkeypatch):
+    model, inputs = architectures.model("llava"), architectures.inputs("llava")
+    expected = ablation_of(model, inputs)
+    monkeypatch.setattr(Inputs, "_repeated", lambda self, value, n: value)  # one image for several rows
+    found = Ablation(model, inputs, [5])
+    assert found._at_once == 1
+    torch.testing.assert_close(found([[Unit("attn.out", 0)]] * 2).logp, expected, rtol=0, atol=1e-5)
+
+
+def ablation_of(model, inputs):
+    return Ablation(model, inputs, [5])([[Unit("attn.out", 0)]] * 2).logp
