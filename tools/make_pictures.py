@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from PIL import Image
+
+from cutaway import catalog
+from cutaway.core.result import Result
+from cutaway.data import Scenes
 from cutaway.demo import steps
+from cutaway.models.load import load
 
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 DRAWN = ("logit_lens", "patch_residual")
+
+
+def image_patches() -> Result:
+    """A place whose second word is read through the question's last token."""
+    scene, asked = Scenes(seed=0).exam(5, "position")[4]
+    first = asked.answer.split()[0]
+    return catalog.run("image_patches", load("scenes"), prompt=f"{asked.prompt} {first}", image=scene.image())
+
+
+def small(picture: Path) -> None:
+    """Keep a picture that holds photographs in 256 colours: a quarter of the bytes."""
+    with Image.open(picture) as opened:
+        few = opened.convert("RGB").quantize(256)
+    few.save(picture, optimize=True)
 
 
 def main() -> None:
@@ -16,6 +36,7 @@ def main() -> None:
     made = steps()
     for name in DRAWN:
         made[name][1].write(PICTURES / f"{name}.png")
+    small(image_patches().write(PICTURES / "image_patches.png"))
 
 
 if __name__ == "__main__":

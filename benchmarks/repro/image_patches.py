@@ -367,7 +367,9 @@ def main() -> None:
         told = hallucinations(model, world)
         print(told["answers"])
         for name, row in told["AUROC"].items():
-            print(f"{name:42}", "  ".join(f"{group.removeprefix('true: ')} {value:.2f}" for group, value in row.items()))
+            print(
+                f"{name:42}", "  ".join(f"{group.removeprefix('true: ')} {value:.2f}" for group, value in row.items())
+            )
         print(told["image share"], told[f"share below {FLAG}"])
         proved = {kind: proofs(model, some) for kind, some in asked.items()}
         print(proved)

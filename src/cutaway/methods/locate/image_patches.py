@@ -8,7 +8,7 @@ import annotated_types
 import torch
 from torch import Tensor
 
-from cutaway.core.errors import ImageError, ParameterError
+from cutaway.core.errors import ImageError, ParameterError, UnsupportedError
 from cutaway.core.inputs import Inputs, PatchGrid
 from cutaway.core.method import method
 from cutaway.core.metric import Metric
@@ -70,33 +70,31 @@ def image_patches(
         the maps over the processor's own patch grid, with ``figures`` (shares and totals) and ``agreement()``.
 
     Raises:
-        ImageError: no image, or one whose patches cannot be told. UnsupportedError: heads that cannot be told apart.
-        ParameterError: the image of that number is not there.
+        ImageError: no image, or one whose patches cannot be told. ParameterError: no image of that number.
+        UnsupportedError: heads that cannot be told apart, and no occlusion asked for instead.
     """
     inputs = unpadded(model.inputs(prompt, image))
     grids = _grids(model, inputs, number)
-    seen = [p for p, role in enumerate(inputs.roles[0]) if role == "image"]
-    via = [p for p in range(len(inputs.roles[0])) if p not in set(seen)]
-    found = sources(model, inputs, via, target, versus, exact=direct == "exact")
     positions = [p for grid in grids for p in grid.positions]
-    own = found.direct if found.exact is None else found.exact
-    maps = {BEST: found.from_head, ALL: own, TWO: own + found.carried.sum(0)}
-    token = found.goal.ids[0]
+    seen = [p for p, role in enumerate(inputs.roles[0]) if role == "image"]
+    unit = "nats" if versus is None else "logits"
+    found, notes = _sources(model, inputs, seen, target, versus, direct == "exact", occlude != "none")
+    if found is not None:
+        token = found.goal.ids[0]
+    else:
+        token = int(model(inputs)[0, -1].argmax()) if target is None else target
+    maps, figures, more = ({}, {}, []) if found is None else _read(found, seen, low, unit)
     metric = Metric("logprob", (token,)) if versus is None else Metric("logit_diff", (token, versus))
     empty = Occlusion(model, inputs, positions, "zero" if occlude == "zero" else "mean", metric)
-    figures, notes = _shares(found, seen, low, "nats" if versus is None else "logits")
-    notes.insert(0, f"best head: {found.head}")
     if occlude != "none":
         values, base, how = empty([*([p] for p in positions), positions])
-        maps[OCCLUSION] = torch.zeros_like(own).index_put(
-            (torch.tensor(positions),), (base - values[:-1]).to(own.dtype).to(own.device)
-        )
+        maps[OCCLUSION] = torch.zeros(inputs.ids.shape[1])
+        maps[OCCLUSION][positions] = (base - values[:-1]).float().cpu()
         figures["all patches emptied"] = float(base - values[-1])
-        notes.append(f"occlusion by {how}; all patches emptied together cost {figures['all patches emptied']:.3g}")
-    picture = inputs.images[number]
-    stacked = torch.stack([m.cpu().float() for m in maps.values()])
+        more.append(f"occlusion by {how}; all patches emptied together cost {figures['all patches emptied']:.3g}")
+    picture, stacked = inputs.images[number], torch.stack(list(maps.values()))
     laid, boxes = over_pixels(grids, (picture.width, picture.height), stacked)
-    proof, more = _proof(empty, maps[TWO], positions, metric, k, draws, seed)
+    proof, why = _proof(empty, maps, positions, metric, k, draws, seed)
     result = ImageMap(
         title=f"patches of the image that bring {_words(model, token, versus)} in {model.name}",
         image=ImageMap.png(picture),
@@ -104,19 +102,46 @@ def image_patches(
         boxes=boxes,
         labels={"map": tuple(maps)},
         measure="contribution",
-        unit="nats" if versus is None else "logits",
+        unit=unit,
         figures=figures,
-        check=Check(
-            name="heads by position sum to what attention adds, and values to what they read",
-            value=found.error,
-            tolerance=rounding(model.dtype),
-            sentence="relative to the largest number of each",
-        ),
+        check=None if found is None else _check(model, found),
         proof=proof,
     )
-    notes += [*_outside(stacked, laid, seen, tuple(maps)), *_agreement(result), *more]
-    notes += [f"layer {i} is not followed: {why}" for i, why in found.missing.items()]
+    notes += [*more, *_outside(stacked, laid, seen, tuple(maps)), *_agreement(result), *why]
     return result.replace(notes=tuple(notes))
+
+
+def _sources(
+    model: Model, inputs: Inputs, seen: list[int], target: int | None, versus: int | None, exact: bool, other: bool
+) -> tuple[Sources | None, list[str]]:
+    """What positions bring, and what is not in it; None where heads cannot be told apart and there is another map."""
+    via = [p for p in range(inputs.ids.shape[1]) if p not in set(seen)]
+    try:
+        found = sources(model, inputs, via, target, versus, exact)
+    except UnsupportedError as error:
+        if not other:
+            raise
+        return None, [f"occlusion alone: what heads bring cannot be told: {error.found}"]
+    return found, [f"layer {i} is not followed: {why}" for i, why in found.missing.items()]
+
+
+def _read(
+    found: Sources, seen: list[int], low: float, unit: str
+) -> tuple[dict[str, Tensor], dict[str, float], list[str]]:
+    """The maps [pos] that are read off one forward pass, with shares and notes."""
+    own = found.direct if found.exact is None else found.exact
+    maps = {BEST: found.from_head, ALL: own, TWO: own + found.carried.sum(0)}
+    figures, notes = _shares(found, seen, low, unit)
+    return {name: m.float().cpu() for name, m in maps.items()}, figures, [f"best head: {found.head}", *notes]
+
+
+def _check(model: Model, found: Sources) -> Check:
+    return Check(
+        name="heads by position sum to what attention adds, and values to what they read",
+        value=found.error,
+        tolerance=rounding(model.dtype),
+        sentence="relative to the largest number of each",
+    )
 
 
 def _grids(model: Model, inputs: Inputs, number: int) -> list[PatchGrid]:
@@ -196,12 +221,19 @@ def _agreement(result: ImageMap) -> list[str]:
 
 
 def _proof(
-    empty: Occlusion, scores: Tensor, positions: list[int], metric: Metric, k: int, n_draws: int, seed: int
+    empty: Occlusion,
+    maps: dict[str, Tensor],
+    positions: list[int],
+    metric: Metric,
+    k: int,
+    n_draws: int,
+    seed: int,
 ) -> tuple[Proof | None, list[str]]:
-    """The drop without the top patches, against as many others drawn at random."""
+    """The drop without the top patches of the two-hop map, against as many others drawn at random."""
     if n_draws == 0:
         return None, ["no proof was asked for"]
-    here = scores[positions].cpu()
+    name = TWO if TWO in maps else OCCLUSION
+    here = maps[name][positions]
     order = [positions[i] for i in here.argsort(descending=True, stable=True).tolist()]
     most = min(k, len(positions) // ROOM, int((here > 0).sum()))
     if most == 0:
@@ -216,7 +248,7 @@ def _proof(
     drop = base - values
     what = "log p(target)" if metric.form == "logprob" else "the logit difference"
     return Proof(
-        ablated="emptying the top patches of the two-hop map",
+        ablated=f"emptying the top patches of the {name} map",
         ks=tuple(ks),
         effect=drop[: len(ks)].numpy(),
         random=drop[len(ks) :].view(n_draws, len(ks)).numpy(),

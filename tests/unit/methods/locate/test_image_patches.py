@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cutaway.core.errors import ImageError, ParameterError
+from cutaway.core.errors import ImageError, ParameterError, UnsupportedError
 from cutaway.core.intervention import Set
 from cutaway.core.result_file import open_result
 from cutaway.data import Scenes
@@ -187,10 +187,16 @@ def test_every_family_has_maps_over_its_own_grid(name: str, size: tuple[int, int
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_linear_attention_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
-    save(name, tmp_path / "model")
-    with pytest.raises(Exception, match=r"what layer 0 of .* adds: .* attention terms"):
-        image_patches(load(tmp_path / "model"), "what is here", image=Image.new("RGB", (64, 64)))
+def test_occlusion_stays_where_heads_cannot_be_told_apart(name: str, tmp_path: Path) -> None:
+    save(name, tmp_path)
+    model, image = load(tmp_path), Image.new("RGB", (64, 64), "red")
+    found = image_patches(model, "what is here", image=image)
+    assert found.labels["map"] == ("occlusion",)
+    assert found.notes[0].startswith("occlusion alone: what heads bring cannot be told")
+    assert found.proof is not None
+    assert "of the occlusion map" in found.proof.sentence
+    with pytest.raises(UnsupportedError, match=r"what layer 0 of .* adds: .* attention terms"):
+        image_patches(model, "what is here", image=image, occlude="none")
 
 
 def test_one_of_several_images_is_named(tmp_path: Path) -> None:
