@@ -13,6 +13,7 @@ from cutaway.models.handle import Model
 from cutaway.models.load import load
 from cutaway.models.tiny import tiny
 from cutaway.ops.units import Unit
+from recipes import planted
 
 IDS = [5, 9, 6, 7, 8]
 LEVELS = ("layer", "head", "head-position", "neuron", "attention-neuron")
@@ -45,6 +46,27 @@ def test_planted_parts_come_first_with_their_analytic_score(family, level, named
         assert found.scores[0] == pytest.approx(truth[f"{named}_importance"], abs=1e-5)
         if level == "neuron":
             assert found.columns["coefficient"][0] == pytest.approx(truth["value_neuron_coefficient"], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", planted.FAMILIES)
+def test_what_the_planted_head_brings_has_its_analytic_score(family):
+    """The head brings the subject's facts in one channel per subject; all by arithmetic on the recipe's constants."""
+    model = load(f"planted-{family}")
+    for subject in planted.SUBJECTS:
+        truth = planted.Truth(family, subject, "plays")
+        moved = [planted.moves(s) for s in planted.SUBJECTS]
+        coefficients = [truth.attention * truth.source.read(read) / truth.source.scale() for read, _ in moved]
+        written = [{n: c * x for n, x in writes.items()} for c, (_, writes) in zip(coefficients, moved, strict=True)]
+        channel = planted.SUBJECTS.index(subject)
+        whole = {name: sum(w.get(name, 0.0) for w in written) for w in written for name in w}
+        prompt, given = f"{subject} plays", {"target": truth.answer, "draws": 0}
+        found = neuron_attribution(model, prompt, level="head-position", **given)
+        assert found.items[0] == "L1.attn.z[2] from 1"
+        assert found.scores[0] == pytest.approx(truth.importance(truth.before_head, whole), abs=1e-5)
+        found = neuron_attribution(model, prompt, level="attention-neuron", **given)
+        assert found.items[0] == f"L1.attn.z[2/{channel}] from 1"
+        assert found.scores[0] == pytest.approx(truth.importance(truth.before_head, written[channel]), abs=1e-5)
+        assert found.columns["coefficient"][0] == pytest.approx(coefficients[channel], abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma"])
