@@ -29,9 +29,10 @@ from cutaway.ops.parts import Group, Parts, take_apart
 from cutaway.ops.readout import Head
 from cutaway.ops.units import Unit
 
-PROMPTS, K, DRAWS = 200, 10, 5
+PROMPTS, MORE, K, DRAWS = 200, 1000, 10, 5
 RESAMPLES = 2000  # of the bootstrap over prompts
 OURS = "a log-probability increase"
+MEASURES = ("mrr", "log-probability", "probability")
 
 
 def questions(model: Model, count: int = PROMPTS, seed: int = 0) -> list[tuple[Inputs, int]]:
@@ -98,31 +99,34 @@ def best(parts: Parts, goal: Goal, token: int, k: int = K) -> dict[str, list[Uni
     return named
 
 
-def table(model: Model, asked: list[tuple[Inputs, int]]) -> dict[str, Any]:
-    """Mean reciprocal rank, log-probability and probability of the answers after zeroing, per score.
-
-    ``more than a`` is how much more probability is left than after zeroing by score a, with a 95 % interval (paired
-    bootstrap over prompts).
-    """
+def left(model: Model, asked: list[tuple[Inputs, int]]) -> dict[str, Tensor]:
+    """[prompt, measure] reciprocal rank, log-probability and probability of the answers after zeroing, per score."""
     head = Head(model)
-    left: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Tensor]] = {}
     for i, (inputs, token) in enumerate(asked):
         parts = take_apart(model, inputs, 1, "neuron")
         named = best(parts, Goal.of(head.frozen(parts.final, parts.logits), [token]), token)
         draws = Draws(model, named[OURS], inputs.ids.shape[1], i)
         sets = {"no intervention": [], **named} | {f"random {n}": draws.draw(K) for n in range(DRAWS)}
-        found = Ablation(model, inputs, [token])(list(sets.values()))
+        after = Ablation(model, inputs, [token])(list(sets.values()))
         rows = dict(
-            zip(sets, torch.stack([1 / (found.rank + 1), found.logp, found.prob], dim=-1).double(), strict=True)
+            zip(sets, torch.stack([1 / (after.rank + 1), after.logp, after.prob], dim=-1).double(), strict=True)
         )
         rows["random"] = torch.stack([rows.pop(f"random {n}") for n in range(DRAWS)]).mean(0)
         for name, row in rows.items():
-            left.setdefault(name, []).append(row)
-    values = {name: torch.stack(rows) for name, rows in left.items()}
-    keys = ("mrr", "log-probability", "probability")
+            found.setdefault(name, []).append(row)
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def table(values: dict[str, Tensor], count: int) -> dict[str, Any]:
+    """Means over the first ``count`` prompts, per score.
+
+    ``more than a`` is how much more of each measure is left than after zeroing by score a, with a 95 % interval (paired
+    bootstrap over prompts).
+    """
     return {
-        name: dict(zip(keys, rows.mean(0).tolist(), strict=True))
-        | {"more than a": interval(rows[:, 2] - values[OURS][:, 2])}
+        name: dict(zip(MEASURES, rows[:count].mean(0).tolist(), strict=True))
+        | {"more than a": {m: interval((rows - values[OURS])[:count, j]) for j, m in enumerate(MEASURES)}}
         for name, rows in values.items()
     }
 
@@ -139,18 +143,17 @@ def main() -> None:
     torch.set_num_threads(1)
     model, started = load("town"), time.perf_counter()
     figures: dict[str, Any] = {"zeroed per prompt": K}
-    for what, asked in (("facts", questions(model)), ("held-out two-hop questions", unsure(model))):
+    for what, asked in (("facts", questions(model, MORE)), ("held-out two-hop questions", unsure(model, MORE))):
         with torch.no_grad():
-            rows = table(model, asked)
-        figures[what] = {"prompts": len(asked), "rows": rows}
-        print(f"{what}: {len(asked)} prompts")
-        for name, row in rows.items():
-            extra = "  more than a {:+.3f} [{:+.3f}, {:+.3f}]".format(*row["more than a"])
-            print(
-                f"{name:32} "
-                + "  ".join(f"{key} {value:.3f}" for key, value in row.items() if key != "more than a")
-                + extra
-            )
+            values = left(model, asked)
+        for count in sorted({min(PROMPTS, len(asked)), len(asked)}):
+            rows = table(values, count)
+            name = what if count == PROMPTS else f"{what}, {count}"
+            figures[name] = {"prompts": count, "rows": rows}
+            print(f"{what}: {count} prompts")
+            for score, row in rows.items():
+                more = "  ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["more than a"][m]) for m in MEASURES)
+                print(f"{score:32} " + "  ".join(f"{m} {row[m]:.3f}" for m in MEASURES) + "  more than a: " + more)
     path = keep("neuron_attribution", figures, "specimen town; less left is better; random: mean of 5 draws per prompt")
     print(f"{path.name} in {time.perf_counter() - started:.0f} s")
 
