@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -36,20 +37,19 @@ class Occlusion:
     ) -> None:
         self.model, self.inputs, self.metric = model, inputs, metric
         self.positions, self.filling = list(positions), filling
-        at = f"@{Items.of(self.positions)}"
-        n = model.n_layers
+
+    @cached_property
+    def _entering(self) -> tuple[Tensor, dict[int, Tensor]]:
+        """[position, d_model] states before the first layer, and what is added to them in front of later layers."""
+        at, n = f"@{Items.of(self.positions)}", self.model.n_layers
         ends = [f"L{i}.resid_post{at}" for i in range(n - 1)]
-        trace = model.trace(inputs, want=[f"L{i}.resid_pre{at}" for i in range(n)] + ends)
-        self._states = trace[f"L0.resid_pre{at}"][0]
-        self._later = {}
-        for i in range(1, n):
-            gap = trace[f"L{i}.resid_pre{at}"][0] - trace[f"L{i - 1}.resid_post{at}"][0]
-            if bool(gap.any()):
-                self._later[i] = gap
+        trace = self.model.trace(self.inputs, want=[*(f"L{i}.resid_pre{at}" for i in range(n)), *ends])
+        gaps = {i: trace[f"L{i}.resid_pre{at}"][0] - trace[f"L{i - 1}.resid_post{at}"][0] for i in range(1, n)}
+        return trace[f"L0.resid_pre{at}"][0], {i: gap for i, gap in gaps.items() if bool(gap.any())}
 
     def __call__(self, sets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, str]:
         """([set] the metric without each set of positions, [] as it is, how it was run)."""
-        if not self._later:
+        if not self._entering[1]:
             found = replay(self.model, self.inputs, [self._first(some) for some in sets], self.metric)
             return found.values.double(), found.base.double(), found.how
         runs = [(self._first(some), *self._others(some)) for some in sets]
@@ -64,12 +64,12 @@ class Occlusion:
         return self.metric(logits, self.inputs)[0]
 
     def _first(self, some: Sequence[int]) -> Intervention:
-        return Set(f"L0.resid_pre@{Items.of(sorted(some))}", self._filled(self._states))
+        return Set(f"L0.resid_pre@{Items.of(sorted(some))}", self._filled(self._entering[0]))
 
     def _others(self, some: Sequence[int]) -> list[Intervention]:
         rows = [self.positions.index(p) for p in sorted(some)]
         site = f"resid_pre@{Items.of(sorted(some))}"
-        return [Add(f"L{i}.{site}", self._filled(gap) - gap[rows]) for i, gap in self._later.items()]
+        return [Add(f"L{i}.{site}", self._filled(gap) - gap[rows]) for i, gap in self._entering[1].items()]
 
     def _filled(self, states: Tensor) -> Tensor:
         return states.mean(0) if self.filling == "mean" else torch.zeros_like(states[0])

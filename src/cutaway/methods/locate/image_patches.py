@@ -36,6 +36,7 @@ def image_patches(
     number: Annotated[int, annotated_types.Ge(0)] = 0,
     direct: Literal["first-order", "exact"] = "first-order",
     occlude: Literal["mean", "zero", "none"] = "mean",
+    block: Count = 1,
     low: float = 0.2,
     k: Count = 10,
     draws: Annotated[int, annotated_types.Ge(0)] = 5,
@@ -61,6 +62,7 @@ def image_patches(
             patches, or by each one's exact increase, which does not.
         occlude: what an emptied patch becomes where it enters the language model: the mean of the image's patches, or
             zero. "none" leaves the map out.
+        block: side, in patches, of what occlusion empties at once; its drop is shared out evenly over its patches.
         low: the image share below which the answer is flagged.
         k: how many patches the proof empties together, at most.
         draws: random draws of the proof, at least 5; 0 leaves it out.
@@ -87,9 +89,11 @@ def image_patches(
     metric = Metric("logprob", (token,)) if versus is None else Metric("logit_diff", (token, versus))
     empty = Occlusion(model, inputs, positions, "zero" if occlude == "zero" else "mean", metric)
     if occlude != "none":
-        values, base, how = empty([*([p] for p in positions), positions])
+        blocks = [some for grid in grids for some in _blocks(grid, block)]
+        values, base, how = empty([*blocks, positions])
         maps[OCCLUSION] = torch.zeros(inputs.ids.shape[1])
-        maps[OCCLUSION][positions] = (base - values[:-1]).float().cpu()
+        for some, drop in zip(blocks, (base - values).tolist(), strict=False):
+            maps[OCCLUSION][some] = drop / len(some)
         figures["all patches emptied"] = float(base - values[-1])
         more.append(f"occlusion by {how}; all patches emptied together cost {figures['all patches emptied']:.3g}")
     picture, stacked = inputs.images[number], torch.stack(list(maps.values()))
@@ -162,6 +166,12 @@ def _grids(model: Model, inputs: Inputs, number: int) -> list[PatchGrid]:
             found = "no position of the prompt stands for a part of it: the model reads images by cross-attention"
         raise ImageError(f"image patches of {model.name}", found, "read sites instead: 'L*.attn.pattern@-1'")
     return grids
+
+
+def _blocks(grid: PatchGrid, side: int) -> list[list[int]]:
+    """The positions of a grid, in squares of ``side`` by ``side`` patches."""
+    places = torch.tensor(grid.positions).view(grid.shape)
+    return [part.flatten().tolist() for band in places.split(side) for part in band.split(side, dim=1)]
 
 
 def _words(model: Model, token: int, versus: int | None) -> str:

@@ -158,6 +158,17 @@ def test_a_map_of_what_speaks_against_an_answer_is_negative(scenes: Model) -> No
     assert swapped.values[2] == pytest.approx(-rival.values[2], abs=1e-4)
 
 
+def test_blocks_are_emptied_at_once_and_share_their_drop(scenes: Model) -> None:
+    scene, prompt, (row, column) = asked("colour", 1)[0]
+    single, double = (mapped(scenes, scene, prompt, block=n).values[3] for n in (1, 2))
+    squares = double.reshape(2, 2, 2, 2)
+    assert squares == pytest.approx(np.broadcast_to(squares[:, :1, :, :1], squares.shape))
+    assert double.sum() == pytest.approx(single.sum(), rel=0.2)  # one patch has nearly all of it
+    assert double[row, column] == double.max()
+    whole = mapped(scenes, scene, prompt, block=4)
+    assert whole.values[3].sum() == pytest.approx(whole.figures["all patches emptied"], abs=1e-5)
+
+
 def test_exact_increases_never_exceed_their_first_order(scenes: Model) -> None:
     scene, prompt, _ = asked("position", 1)[0]
     exact, first = (mapped(scenes, scene, prompt, direct=d, occlude="none") for d in ("exact", "first-order"))
