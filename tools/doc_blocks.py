@@ -97,7 +97,8 @@ def result_kinds() -> str:
 def methods() -> str:
     """Every method by stage, as the catalog finds them, each linked to its page."""
     rows = [
-        [head.stage, f"[`{name}`]({name}.md)", head.summary.rstrip(".")] for name, head in catalog.headlines().items()
+        [head.stage, f"[`{name}`]({name}.md)", head.summary.rstrip(".")]
+        for name, head in {**catalog.composed(), **catalog.headlines()}.items()
     ]
     return table(["stage", "method", "what comes out"], rows)
 

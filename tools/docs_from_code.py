@@ -26,7 +26,12 @@ def block(name: str, text: str) -> str:
 
 def method_blocks() -> dict[str, Callable[[], str]]:
     """For each method the name of its block, and what makes its text."""
-    return {f"method {name}": partial(_block_of, name) for name in catalog.headlines()}
+    return {f"method {name}": partial(_block_of, name) for name in every()}
+
+
+def every() -> list[str]:
+    """The names of what has a page: all methods, and what is composed of them."""
+    return [*catalog.composed(), *catalog.headlines()]
 
 
 def _block_of(name: str) -> str:
@@ -35,7 +40,8 @@ def _block_of(name: str) -> str:
 
 def method_block(record: Method) -> str:
     """Summary, stage, kind of result, sources, command line and parameters of a method."""
-    facts = [f"Stage **{record.stage}**", f"returns a [{record.kind.__name__}](../concepts/results.md)"]
+    facts = [f"Stage **{record.stage}**"] if record.stage else ["Made of several methods"]
+    facts += [f"returns a [{record.kind.__name__}](../concepts/results.md)"]
     facts += [f"follows {', '.join(record.cites)}"] if record.cites else []
     text = "\n\n".join(
         [record.summary, " · ".join(facts), f"```console\n{synopsis(record)}\n```", parameter_table(record)]
@@ -66,7 +72,7 @@ def parameter_table(record: Method) -> str:
 
 def pages() -> dict[str, str]:
     """The generated text of each page, by its path in docs/."""
-    return {f"methods/{name}.md": _block_of(name) for name in catalog.headlines()}
+    return {f"methods/{name}.md": _block_of(name) for name in every()}
 
 
 def problems(docs: Path = DOCS, write: bool = False) -> list[str]:

@@ -30,6 +30,7 @@ _FACADE = {
     "methods": "cutaway.catalog",
     "doctor": "cutaway.models.doctor",
     "explain": "cutaway.explain",
+    "aggregate": "cutaway.aggregation",
 }
 _RENAMED = {"open": ("cutaway.results", "open_result"), "method": ("cutaway.core.method", "method")}
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cutaway.models.handle import Model
 
 PACKAGE = "cutaway.methods"
-COMPOSED = {"explain": "cutaway.explain"}
+COMPOSED = {"explain": "cutaway.explain", "aggregate": "cutaway.aggregation"}
 """Functions under ``@method`` that are made of methods: where each lies. They have no stage."""
 
 

@@ -28,6 +28,7 @@ TIERS = (
     ("methods",),
     ("explain",),
     ("catalog", "store"),
+    ("aggregation",),
     ("cli", "server", "demo"),
 )
 LEAVES = {"data": {"core"}, "specimens": {"core", "data"}}  # asked by anything but core; asking only these

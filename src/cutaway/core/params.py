@@ -13,6 +13,8 @@ TowerLayers   as Layers                                                   Items 
 Positions     ``-1``, ``0-3+7``, ``image``, ``all``                       Items or role, for ``Inputs.select``
 Image         a file                                                      PIL image
 Interventions ``zero L3.attn.z[5], scale L2.mlp.out 0.5``                 list of Intervention
+Cases         a file, a suite ``town:city``, or a JSON list               list of Case, or the suite's name
+Settings      ``level=head, k=144``                                       dict of texts
 a Result      the folder it was saved in                                  the result
 ============  ==========================================================  =======================================
 
@@ -30,6 +32,7 @@ import annotated_types
 
 from cutaway.core.errors import MethodError
 from cutaway.core.forms.base import Form, ListOf, Plain
+from cutaway.core.forms.cases import CasesForm, SettingsForm
 from cutaway.core.forms.data import ImageForm, PromptForm, PromptsForm, ResultForm
 from cutaway.core.forms.places import (
     InterventionsForm,
@@ -52,6 +55,8 @@ Layers = Annotated[Any, LayersForm()]
 TowerLayers = Annotated[Any, TowerLayersForm()]
 Image = Annotated[Any, ImageForm()]
 Interventions = Annotated[Any, InterventionsForm()]
+Cases = Annotated[Any, CasesForm()]
+Settings = Annotated[Any, SettingsForm()]
 Count = Annotated[int, annotated_types.Ge(1)]
 """A whole number, at least 1."""
 Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
@@ -120,6 +125,8 @@ __all__ = [
     "TowerLayers",
     "Image",
     "Interventions",
+    "Cases",
+    "Settings",
     "Count",
     "Fraction",
     "form_of",

@@ -7,6 +7,7 @@ from .games import Game, random_game
 from .labels import Labels, Shot
 from .recall import recall, recall_pairs
 from .scenes import Scene, Scenes, Thing
+from .suites import suite, suites
 from .town import Person, Town
 
 __all__ = [
@@ -25,4 +26,6 @@ __all__ = [
     "recall",
     "recall_pairs",
     "select",
+    "suite",
+    "suites",
 ]

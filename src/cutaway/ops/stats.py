@@ -18,3 +18,15 @@ def _ranks(x: Tensor) -> Tensor:
     _, which, counts = x.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     return (ends - (counts.double() - 1) / 2)[which]
+
+
+def bootstrap_means(values: Tensor, samples: int, seed: int, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """([m] lower, [m] upper) ends of the interval of each column's mean, from samples of the rows of [n, m] values."""
+    n = values.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n, (samples, n), generator=generator)
+    weights = torch.zeros(samples, n, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones(samples, n, dtype=torch.float64))
+    means = weights @ values.double() / n
+    ends = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0)
+    return ends[0], ends[1]

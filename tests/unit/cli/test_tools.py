@@ -53,6 +53,7 @@ def test_what_cannot_be_started_is_refused_and_nothing_is_written(
 
 @pytest.fixture
 def docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(catalog, "COMPOSED", {})
     install(tmp_path, monkeypatch, "documented", {"see/glance.py": GLANCE, "prove/stare.py": STARE})
     folder = tmp_path / "docs"
     for name in ("glance", "stare"):
