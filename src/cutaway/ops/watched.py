@@ -69,4 +69,4 @@ class WatchedModel(Protocol):
 
 def rounding(dtype: torch.dtype) -> float:
     """Relative error that sums of this dtype may differ by when they are taken in another order."""
-    return max(1e-4, 8 * torch.finfo(dtype).eps)
+    return max(1e-4, 4 * torch.finfo(dtype).eps)

@@ -16,6 +16,8 @@ from cutaway.core.errors import UnsupportedError
 from cutaway.ops.norms import FrozenNorm, measure
 from cutaway.ops.watched import WatchedModel, rounding
 
+EXACT = 1e-4  # so near, a factor is all that lies between; in low precision a norm of even gain can look like one
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -56,7 +58,6 @@ def writer(model: WatchedModel, layer: int, side: str, total: Tensor, bias: Tens
     Raises:
         UnsupportedError: neither a constant factor nor the norm behind the matrix makes one the other.
     """
-    plan = model.layers[layer]
     total, out = total.float(), out.float()
     written = total if bias is None else total + bias.float()
     size = float(out.abs().max()) or 1.0
@@ -65,28 +66,55 @@ def writer(model: WatchedModel, layer: int, side: str, total: Tensor, bias: Tens
     factor = float(a @ b / (a @ a)) if bool(a.any()) else 1.0
     factor = 1.0 if abs(factor - 1) <= allowed else factor
     error = float((written * factor - out).abs().max()) / size
-    if error <= allowed:
-        constant = torch.zeros_like(out) if bias is None else (bias.float() * factor).expand_as(out)
-        return Writer(factor, None, constant, error)
-    tap = plan.read[f"{side}.out"]
-    module: nn.Module = model.hf.get_submodule(tap.module)
+    constant = torch.zeros_like(out) if bias is None else (bias.float() * factor).expand_as(out)
+    plain = Writer(factor, None, constant, error)
     asked = f"what the parts of layer {layer}'s {'attention' if side == 'attn' else 'MLP'} write"
-    if tap.where != "out" or any(plan_path.startswith(tap.module + ".") for plan_path in (plan.w_o, plan.w_out)):
-        raise UnsupportedError(asked, "between their matrix and the residual stream lies more than a factor", "")
+    behind = _behind(model, layer, side)
+    if behind is None:
+        if error > allowed:
+            raise UnsupportedError(asked, "between their matrix and the residual stream lies more than a factor", "")
+        return plain
+    if error <= EXACT:
+        return plain
+    try:
+        through = _normed(model, behind, total, bias, out, asked)
+    except (UnsupportedError, TypeError):
+        if error > allowed:
+            raise
+        return plain
+    if min(through.error, error) > allowed:
+        raise UnsupportedError(asked, f"their sum misses what the layer adds by {through.error:.2g} of it", "")
+    return min(through, plain, key=lambda way: way.error)
+
+
+def _normed(
+    model: WatchedModel, module: nn.Module, total: Tensor, bias: Tensor | None, out: Tensor, asked: str
+) -> Writer:
+    """The way through a norm, frozen."""
 
     def normed(x: Tensor) -> Tensor:
         y: Tensor = module(x)
         return y
 
     norm = measure(normed, out.shape[-1], out.device, model.dtype, asked)
-    frozen = FrozenNorm(norm, norm.inverse_scale(written, out))
+    frozen = FrozenNorm(norm, norm.inverse_scale(total if bias is None else total + bias.float(), out))
     constant = norm.shift.expand_as(out)
     if bias is not None:
         constant = constant + frozen(bias.float().expand_as(out))
-    error = float((frozen(total) + constant - out).abs().max()) / size
-    if error > allowed:
-        raise UnsupportedError(asked, f"their sum misses what the layer adds by {error:.2g} of it", "")
+    error = float((frozen(total) + constant - out).abs().max()) / (float(out.abs().max()) or 1.0)
     return Writer(1.0, frozen, constant, error)
+
+
+def _behind(model: WatchedModel, layer: int, side: str) -> nn.Module | None:
+    """The module between a side's output matrix and the residual stream; None where there is none."""
+    plan = model.layers[layer]
+    tap = plan.read[f"{side}.out"]
+    if tap.where != "out" or any(
+        path == tap.module or path.startswith(tap.module + ".") for path in (plan.w_o, plan.w_out, plan.experts) if path
+    ):
+        return None
+    module: nn.Module = model.hf.get_submodule(tap.module)
+    return module
 
 
 def expert_rows(model: WatchedModel, layer: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Scores against arithmetic, against plain recomputation, and across architectures."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -156,6 +157,21 @@ def test_layers_of_an_answer_of_two_tokens_add_up_to_its_probability():
     at_start = ((start / scale * model.hf.model.norm.weight) @ model.hf.lm_head.weight.T).log_softmax(-1)
     gained = float((logits - at_start)[[0, 1], [11, 22]].sum())
     assert found.scores.sum() == pytest.approx(gained, abs=1e-4)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", [*NAMES[:4], "Gemma3ForCausalLM", "MixtralForCausalLM", "GPTNeoXForCausalLM"])
+def test_bfloat16_names_the_same_components(name, level):
+    """What it names is the best, give or take three hundredths of the largest score."""
+    model = Model(tiny(name).hf)
+    exact = neuron_attribution(model, IDS, target=11, level=level, k=1_000_000, draws=0)
+    half = Model(copy.deepcopy(model.hf).bfloat16())
+    found = neuron_attribution(half, IDS, target=11, level=level, k=5, draws=0)
+    assert found.check.holds, str(found.check)
+    scores = dict(zip(exact.items, exact.scores.tolist(), strict=True))
+    near = 0.03 * max(abs(s) for s in scores.values())
+    assert found.scores.tolist() == pytest.approx([scores[item] for item in found.items], abs=near)
+    assert all(scores[item] >= exact.scores[4] - near for item in found.items)
 
 
 def test_own_scale_is_not_certified_and_says_so():
