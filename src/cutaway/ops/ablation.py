@@ -142,20 +142,20 @@ class Ablation:
         return ("log p(target)", "nats") if self.rival is None else ("the logit difference", "logits")
 
     def _masked(self, site: str, entries: Sequence[tuple[int, Unit]], rows: int, keep: bool) -> Apply:
-        positions = torch.tensor(self.reads if self.reach == "last" else range(self.inputs.ids.shape[1]))
+        whole = [(row, unit) for row, unit in entries if unit.source < 0 and unit.at < 0]
 
         def change(x: Tensor, where: Where) -> Tensor:
-            whole = [(row, unit) for row, unit in entries if unit.source < 0 and unit.at < 0]
             new = x
             if whole or keep:
                 mask = torch.full((rows, *_inner(site, x)), keep, dtype=torch.bool)
                 for row, unit in whole:
                     mask[(row, *_at(unit))] = not keep
-                at = torch.zeros(x.shape[1], dtype=torch.bool)
-                at[positions] = True
-                shape = (rows, x.shape[1], *mask.shape[1:])
-                both = mask[:, None].expand(shape) & at.view(1, -1, *[1] * (x.ndim - 2))
-                new = torch.where(both.to(x.device), self._value(site, x), x)
+                named = mask[:, None].to(x.device)
+                if self.reach == "last":
+                    at = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
+                    at[list(self.reads)] = True
+                    named = named & at.view(1, -1, *[1] * (x.ndim - 2))
+                new = torch.where(named, self._value(site, x), x)
             if len(whole) < len(entries):
                 new = new.clone()
                 for row, unit in entries:
