@@ -17,13 +17,16 @@ from benchmarks.harness import interleaved, keep, medians, ratio
 from cutaway.core.inputs import Inputs
 from cutaway.methods.locate.neuron_attribution import neuron_attribution
 from cutaway.models.handle import Model
+from cutaway.ops.ablation import Ablation
 from cutaway.ops.importance import Goal
 from cutaway.ops.parts import take_apart
 from cutaway.ops.readout import Head
+from cutaway.ops.units import Unit
 
 LENGTHS = (16, 64)
 LEVELS = {"neuron": 100, "attention-neuron": 100, "head": 30, "head-position": 30, "layer": 24}
 BARS = {"neuron": 3.0, "attention-neuron": 10.0, "head": 2.0, "head-position": 2.0}
+SETS = 30  # of neurons that are zeroed; one forward pass for each is what they are compared with
 BRUTE_PART = 0.02  # of the neurons: brute force takes minutes, so this share of it is timed
 
 
@@ -63,6 +66,9 @@ def measured(model: Model, length: int, runs: int) -> dict[str, Any]:
     candidates: dict[str, Any] = {"bare": bare}
     for level in LEVELS:
         candidates[level] = lambda level=level: attribute(model, inputs, level)
+    draw = torch.Generator().manual_seed(0)
+    sets = [[_neuron(model, draw) for _ in range(k)] for k in (1, 3, 10, 30, 100) for _ in range(SETS // 5)]
+    candidates[f"{SETS} sets of neurons zeroed"] = lambda: Ablation(model, inputs, [0])(sets)
     candidates["neuron with proof"] = lambda: attribute(model, inputs, "neuron", 5)
     seconds = interleaved(candidates, runs=runs)
     figures: dict[str, Any] = {name: ratio(seconds, name, "bare") for name in candidates if name != "bare"}
@@ -75,6 +81,11 @@ def measured(model: Model, length: int, runs: int) -> dict[str, Any]:
     brute(model, inputs)
     figures["brute force (from a share)"] = (time.perf_counter() - start) / BRUTE_PART / figures["bare_seconds"]
     return figures
+
+
+def _neuron(model: Model, draw: torch.Generator) -> Unit:
+    layer = int(torch.randint(model.n_layers, (), generator=draw))
+    return Unit("mlp.act", layer, int(torch.randint(model.layers[layer].d_mlp, (), generator=draw)))
 
 
 def peak_mib(function: Any) -> float:
@@ -102,6 +113,7 @@ def main(runs: int = 7) -> None:
     figures["peak_mib_over_the_model"] = {
         level: peak_mib(lambda level=level: attribute(model, longest, level)) for level in LEVELS
     }
+    figures["peak_mib_over_the_model"]["neuron with proof"] = peak_mib(lambda: attribute(model, longest, "neuron", 5))
     figures["bars"] = BARS
     path = keep("attribution", figures, "times a bare forward pass; k = " + str(LEVELS) + "; one thread")
     for length in LENGTHS:

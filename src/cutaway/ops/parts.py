@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -119,23 +120,28 @@ class Parts:
     """A forward pass taken apart.
 
     Attributes:
-        inputs: what was run, with teacher-forced tokens. reads: the R padded positions.
-        layers: by number. final: [R, d] the last residual stream. logits: [R, vocab].
+        model: whose run it is. inputs: what was run, with teacher-forced tokens. reads: the R padded positions.
+        layers: by number. final: [R, d] the last residual stream.
         groups: the elements that were asked for.
         missing: why a layer's elements could not be told, by layer.
         unnamed: share of a layer's output that its elements and constants do not hold (shared experts), by layer.
         trace: every activation that was kept.
     """
 
+    model: WatchedModel
     inputs: Inputs
     reads: tuple[int, ...]
     layers: tuple[LayerParts, ...]
     final: Tensor
-    logits: Tensor
     groups: tuple[Group, ...]
     missing: dict[int, str] = field(default_factory=dict)
     unnamed: dict[int, float] = field(default_factory=dict)
     trace: Trace | None = None
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[R, vocab] the model's own, of the last states; no other position is unembedded."""
+        return self.model.unembed(self.final).float()
 
     @property
     def identity_error(self) -> float:
@@ -208,9 +214,8 @@ def take_apart(
                 missing[i] = plan.refused.get("mlp.act", "")
         except UnsupportedError as error:
             missing[i] = error.found
-    final = by_name[f"L{n - 1}.resid_post{at}"]
-    logits = model.unembed(final).float()  # only where it is read
-    return Parts(inputs, reads, layers, final.float(), logits, tuple(groups), missing, unnamed, trace)
+    final = by_name[f"L{n - 1}.resid_post{at}"].float()
+    return Parts(model, inputs, reads, layers, final, tuple(groups), missing, unnamed, trace)
 
 
 def _layer(plan: Any, i: int, values: dict[str, Tensor], at: str) -> LayerParts:
