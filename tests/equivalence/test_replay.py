@@ -1,12 +1,13 @@
 """Replay gives what one whole forward pass per run gives, on every kind of decoder that it says it can serve."""
 
+import random
 from functools import cache
 
 import pytest
 import torch
 
 from cutaway.core.inputs import Inputs
-from cutaway.core.intervention import Add, Project, Scale, Set, Zero
+from cutaway.core.intervention import Add, Intervention, Mean, Project, Scale, Set, Zero
 from cutaway.core.metric import Metric
 from cutaway.core.site import Site
 from cutaway.engine import replay
@@ -114,6 +115,64 @@ def test_attention_outside_the_interface_takes_the_plain_path(name: str) -> None
     compare(model, inputs, noisy(model, inputs, places(model, inputs, "resid_pre")), Metric("logit", (1,)), how="plain")
 
 
+def several(model: Model, inputs: Inputs, kinds: tuple[str, ...], n: int) -> list[list[Intervention]]:
+    """Runs of two to five interventions at places drawn from all of ``kinds``; most depend on what is there by then."""
+    draw = random.Random(0)
+    pool = [s for kind in kinds for s in places(model, inputs, kind)]
+    runs = []
+    for sets in (noisy(model, inputs, draw.sample(pool, draw.randint(2, 5))) for _ in range(n)):
+        whole = [draw.choice((s, Scale(s.at, 1.7), Add(s.at, 0.3), Zero(s.at), Mean(s.at))) for s in sets]
+        runs.append(draw.sample(whole, len(whole)))
+    return runs
+
+
+@pytest.mark.parametrize("name", REPLAYED + IMAGES)
+def test_several_interventions_in_a_run(name: str) -> None:
+    model, inputs = made(name)
+    runs = several(model, inputs, KINDS, 24)
+    compare(model, inputs, runs, Metric("logit_diff", (1, 2)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_interventions_of_one_kind(kind: str) -> None:
+    """In the last layer too, at positions that are not read."""
+    model, inputs = made("LlamaForCausalLM")
+    compare(model, inputs, several(model, inputs, (kind,), 8), Metric("logit_diff", (1, 2)))
+
+
+def test_runs_of_one_and_of_several_together_in_their_order() -> None:
+    model, inputs = made("GPT2LMHeadModel")
+    runs = [
+        Zero("L1.attn.z[0]"),
+        [Zero("L1.attn.z[0]"), Scale("L2.mlp.act@-1", 2.0)],
+        [Scale("L2.mlp.act@-1", 2.0)],
+        [Add("L0.resid_pre@0", 1.0), Scale("L0.resid_pre@0", 3.0)],
+        [Scale("L0.resid_pre@0", 3.0), Add("L0.resid_pre@0", 1.0)],
+        [Zero("L*.attn.z[1]")],
+    ]
+    compare(model, inputs, runs, Metric("logit_diff", (1, 2)))
+    values = replay(model, inputs, runs, Metric("logit_diff", (1, 2))).values
+    assert len(set(values.tolist())) == len(runs)
+
+
+@pytest.mark.parametrize("metric", [Metric("logprob", (5,), 3), Metric("answer", (4, 5, 6))], ids=str)
+def test_several_interventions_and_positions_that_are_not_last(metric: Metric) -> None:
+    model, inputs = made("LlamaForCausalLM")
+    prepared = metric.prepare(inputs)
+    compare(model, inputs, several(model, prepared, ("resid_pre", "attn.v", "mlp.out"), 8), metric)
+
+
+def test_several_interventions_on_the_plain_path() -> None:
+    model, inputs = made("BloomForCausalLM")
+    runs = several(model, inputs, ("resid_pre", "mlp.out"), 4)
+    compare(model, inputs, runs, Metric("logit", (1,)), how="plain")
+
+
+def test_several_interventions_within_a_small_budget() -> None:
+    model, inputs = made("LlamaForCausalLM")
+    compare(model, inputs, several(model, inputs, KINDS, 12), Metric("entropy"), budget=1)
+
+
 METRICS = (
     Metric("logit", (5,)),
     Metric("logprob", (5,), 3),
@@ -156,6 +215,12 @@ def test_padding_on_either_side() -> None:
             Site.parse(f"L{i}.{kind}@{p}") for i in range(3) for kind in ("resid_pre", "attn.v") for p in (0, 3, -1)
         ]
         compare(model, inputs, noisy(model, inputs, sites), Metric("logit_diff", (1, 2)))
+        means = [
+            Mean("L0.mlp.out"),
+            [Mean("L1.attn.v"), Mean("L0.resid_mid")],
+            [Mean("L2.mlp.act"), Zero("L1.attn.z@0")],
+        ]
+        compare(model, inputs, means, Metric("logit_diff", (1, 2)))
 
 
 def test_any_intervention_can_be_a_run() -> None:

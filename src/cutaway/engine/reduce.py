@@ -19,6 +19,7 @@ from cutaway.core.intervention import Intervention, Where
 from cutaway.core.site import KINDS, Site
 from cutaway.engine.base import Base, LayerCall
 from cutaway.engine.rows import CannotReplayError, Reach
+from cutaway.engine.script import Line
 from cutaway.models.handle import Model
 from cutaway.models.plan import is_transposed
 from cutaway.models.region import Region, Window
@@ -49,6 +50,8 @@ class Entry:
         layer: the first layer that sees the change; the number of layers when only the readout does.
         mid: it joins after that layer's attention, whose result stays the base run's.
         positions: where it writes. first: the earliest position that it changes.
+        lines: all that a run of several interventions does, from ``layer`` on; the other attributes then say what the
+            first of them does.
     """
 
     run: int
@@ -58,6 +61,7 @@ class Entry:
     mid: bool
     positions: tuple[int, ...]
     first: int
+    lines: tuple[Line, ...] = ()
 
 
 def wanted(model: Model, sites: Iterable[Site]) -> list[Site]:
@@ -88,6 +92,14 @@ def entry(model: Model, reach: Reach, positions: Sequence[int], run: int, item: 
     return Entry(run, item, site, site.layer + after, mid, tuple(positions), first)
 
 
+def scripted(base: Base, run: int, items: Sequence[Intervention]) -> Entry:
+    """Where a run of several interventions joins: with the base run's rows, at the first layer where it acts."""
+    lines = tuple(Line.of(item, base.inputs) for item in items)
+    first = min(base.reach.first[p] for line in lines for p in line.positions)
+    site = lines[0].site
+    return Entry(run, items[0], site, min(i.site.layer for i in items), False, lines[0].positions, first, lines)
+
+
 class Reducer:
     """Computes what each run adds to the residual stream, from the base run."""
 
@@ -102,7 +114,7 @@ class Reducer:
         whole = self._value(site, call)
         region = Region(site, whole.shape, self.window)
         part = region.get(whole)
-        new = e.intervention(part, Where(site, KINDS[site.kind].axes))
+        new = e.intervention(part, Where(site, KINDS[site.kind].axes, region.real))
         wide = torch.promote_types(part.dtype, torch.float32)
         at = torch.tensor(e.positions, device=part.device)
         if site.kind in INSIDE:

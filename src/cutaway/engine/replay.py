@@ -15,10 +15,11 @@ from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Add, Intervention
 from cutaway.core.metric import Metric
 from cutaway.core.progress import track
+from cutaway.core.site import Site
 from cutaway.engine.base import Base, record, why_not
 from cutaway.engine.plan import Sizes, plan_walks
 from cutaway.engine.readout import Readout
-from cutaway.engine.reduce import SUPPORTED, Entry, Reducer, entry, tolerance, wanted
+from cutaway.engine.reduce import SUPPORTED, Entry, Reducer, entry, scripted, tolerance, wanted
 from cutaway.engine.rows import CannotReplayError
 from cutaway.engine.walk import Walk
 from cutaway.models.handle import Model
@@ -29,6 +30,9 @@ BUDGET = 2**30
 SHARE_OFF = 0.05
 """Largest error of a check, as a fraction of what its noise changes: a structural mistake is as large as the effect."""
 
+Run = Intervention | Sequence[Intervention]
+"""What one run does: one intervention, or several."""
+Items = tuple[Intervention, ...]
 T = TypeVar("T")
 _checked: WeakKeyDictionary[Any, dict[tuple[Any, ...], str]] = WeakKeyDictionary()
 
@@ -52,7 +56,7 @@ class Replayed:
 def replay(
     model: Model,
     inputs: Any,
-    runs: Sequence[Intervention],
+    runs: Sequence[Run],
     metric: Metric | str,
     *,
     budget: int = BUDGET,
@@ -61,19 +65,20 @@ def replay(
 ) -> Replayed:
     """The metric after each of many interventions on one prompt.
 
-    Each run is one intervention at one layer. Layers and positions that a run cannot change are not computed again:
-    runs join a growing batch of rows at the layer and position where they start. What cannot be replayed exactly takes
-    the plain path, one whole forward pass per run, and ``how`` says why.
+    Each run is one intervention at one layer, or a list of them at any places, of which each sees what those before it
+    in the forward pass (in the list, where they share a place) have changed. Layers and positions that a run cannot
+    change are not computed again: runs join a growing batch of rows at the layer and position where they start. What
+    cannot be replayed exactly takes the plain path, one whole forward pass per run, and ``how`` says why.
 
     Args:
         inputs: a prompt, ids or Inputs, of one row. Positions of sites count in ``metric.prepare(inputs)``.
-        runs: interventions; each site names one layer.
+        runs: interventions; each site names one layer. A run that is a list may name several layers with a site.
         budget: bytes that the packed rows may take; the sweep is split into as many walks as that needs.
         plain: True takes the plain path, False refuses it, None chooses.
         progress: show a bar where a person watches.
 
     Raises:
-        InputError: several rows. SiteError, InterventionError: a run's place or value is wrong.
+        InputError: several rows, or an empty run. SiteError, InterventionError: a run's place or value is wrong.
         UnsupportedError: ``plain=False`` and the sweep cannot be replayed.
     """
     scored = model.metric(metric)
@@ -94,9 +99,7 @@ def replay(
     return _plain(model, batch, items, scored, reason, progress)
 
 
-def plan_memory(
-    model: Model, inputs: Any, runs: Sequence[Intervention], metric: Metric | str, *, budget: int = BUDGET
-) -> int:
+def plan_memory(model: Model, inputs: Any, runs: Sequence[Run], metric: Metric | str, *, budget: int = BUDGET) -> int:
     """Bytes that ``replay`` with the same arguments needs at most beside the model; it runs the base run to tell."""
     scored = model.metric(metric)
     batch = scored.prepare(model.inputs(inputs))
@@ -106,15 +109,24 @@ def plan_memory(
         return _plain(model, batch, (), scored, "", False).peak_estimate
 
 
-def _concrete(model: Model, item: Intervention, inputs: Inputs) -> Intervention:
-    sites = model.expand(item.site, inputs)
-    if len(sites) != 1:
-        raise SiteSyntaxError(f"run '{item}'", f"it names {len(sites)} layers", "make one run per layer")
-    return item if sites[0] == item.at else replace(item, at=sites[0])
+def _concrete(model: Model, run: Run, inputs: Inputs) -> Items:
+    if isinstance(run, Intervention):
+        sites = model.expand(run.site, inputs)
+        if len(sites) != 1:
+            raise SiteSyntaxError(f"run '{run}'", f"it names {len(sites)} layers", "make one run per layer, or a list")
+        return (_at(run, sites[0]),)
+    items = tuple(_at(item, site) for item in run for site in model.expand(item.site, inputs))
+    if not items:
+        raise InputError("a run", "it has no intervention", "give at least one; the run without any is in 'base'")
+    return items
+
+
+def _at(item: Intervention, site: Site) -> Intervention:
+    return item if site == item.at else replace(item, at=site)
 
 
 def _plain(
-    model: Model, inputs: Inputs, items: Sequence[Intervention], metric: Metric, reason: str, progress: bool
+    model: Model, inputs: Inputs, runs: Sequence[Items], metric: Metric, reason: str, progress: bool
 ) -> Replayed:
     def logits(do: Sequence[Intervention]) -> Tensor:
         found = model.trace(inputs, do=do).logits
@@ -123,7 +135,7 @@ def _plain(
         return found
 
     base = logits(())
-    values = [metric(logits([item]), inputs)[0] for item in _bar(items, len(items), "runs", progress)]
+    values = [metric(logits(items), inputs)[0] for items in _bar(runs, len(runs), "runs", progress)]
     size = 2 * base.numel() * base.element_size()
     return Replayed(
         torch.stack(values) if values else base.new_empty(0), metric(base, inputs)[0], f"plain: {reason}", size
@@ -132,44 +144,53 @@ def _plain(
 
 @dataclass(frozen=True)
 class _Sweep:
-    """A sweep that can be replayed: the base run, the walks, and what they need."""
+    """A sweep that can be replayed: the base run, the walks and their runs, and what they need."""
 
     base: Base
-    walk: Walk
+    walks: list[tuple[Walk, list[Entry]]]
     readout: Readout
-    walks: list[list[Entry]]
+    reads: list[int]
     peak: int
 
 
-def _prepare(model: Model, inputs: Inputs, items: Sequence[Intervention], metric: Metric, budget: int) -> _Sweep:
+def _prepare(model: Model, inputs: Inputs, runs: Sequence[Items], metric: Metric, budget: int) -> _Sweep:
     reason = why_not(model, inputs)
-    odd = next((item.site for item in items if item.site.kind not in SUPPORTED or item.site.scope), None)
+    sites = [item.site for items in runs for item in items]
+    odd = next((site for site in sites if site.kind not in SUPPORTED or site.scope), None)
     if reason or odd is not None:
         raise CannotReplayError(reason or f"'{odd}' acts on more than the residual stream of its own layer")
-    base = record(model, inputs, wanted(model, [item.site for item in items]))
+    alone = {i: items[0] for i, items in enumerate(runs) if len(items) == 1}
+    base = record(model, inputs, wanted(model, [item.site for item in alone.values()]))
     reads = metric.reads(inputs)[0]
-    entries = [
+    several = [scripted(base, i, items) for i, items in enumerate(runs) if i not in alone]
+    single = [
         entry(model, base.reach, inputs.select(item.site.positions, f"run '{item}'")[0], i, item)
-        for i, item in enumerate(items)
+        for i, item in alone.items()
     ]
-    walk = Walk(base, Reducer(base), reads)
-    live = [e for e in entries if e.first < walk.end]
-    for e in entries:
-        if e.first >= walk.end:
-            walk.reducer.delta(e)  # nothing reads it, but a wrong value is still an error
-    _check(model, base, walk, live, reads)
+    named = max((p for e in several for line in e.lines for p in line.positions), default=-1)
+    walks, most, reducer = [], 0, Reducer(base)
+    for entries, end in ((single, 0), (several, named + 1)):
+        walk = Walk(base, reducer, reads, end)
+        live = [e for e in entries if e.first < walk.end]
+        for e in entries:
+            if e.first >= walk.end:
+                reducer.delta(e)  # nothing reads it, but a wrong value is still an error
+        _check(model, base, walk, live, reads)
+        planned, bytes_ = plan_walks(live, Sizes.of(model, walk.end), budget)
+        walks += [(walk, some) for some in planned]
+        most = max(most, bytes_)
     readout = Readout(model, metric, len(reads), budget)
-    walks, most = plan_walks(live, Sizes.of(model, walk.end), budget)
-    return _Sweep(base, walk, readout, walks, base.bytes + most + readout.bytes(max(map(len, walks), default=0)))
+    largest = max((len(some) for _, some in walks), default=0)
+    return _Sweep(base, walks, readout, reads, base.bytes + most + readout.bytes(largest))
 
 
 def _replayed(sweep: _Sweep, n: int, progress: bool) -> Replayed:
-    base = sweep.readout(sweep.base.layers[-1].post[sweep.walk.reads][None])[0]
+    base = sweep.readout(sweep.base.layers[-1].post[sweep.reads][None])[0]
     values = base.expand(n).clone()
 
     def steps() -> Iterator[None]:
-        for some in sweep.walks:
-            runs, rows = yield from sweep.walk.steps(some)
+        for walk, some in sweep.walks:
+            runs, rows = yield from walk.steps(some)
             if runs:
                 values[runs] = sweep.readout(rows).to(values.dtype)
 
@@ -186,7 +207,8 @@ def _check(model: Model, base: Base, walk: Walk, entries: Sequence[Entry], reads
     """At the first sweep of a kind: replay two cells with noise in them, together, and compare with plain runs."""
     if not entries:
         return
-    key = (frozenset(e.site.kind for e in entries), bool(base.inputs.extra), base.inputs.padded, model.dtype)
+    kinds = frozenset((item.site.kind, bool(e.lines)) for e in entries for item in _items(e))
+    key = (kinds, bool(base.inputs.extra), base.inputs.padded, model.dtype)
     known = _checked.setdefault(model.hf, {})
     if key not in known:
         known[key] = _compare(model, base, walk, entries, reads)
@@ -199,10 +221,9 @@ def _compare(model: Model, base: Base, walk: Walk, entries: Sequence[Entry], rea
     generator = torch.Generator().manual_seed(0)
     probes = []
     for run, e in enumerate((ordered[0], ordered[len(ordered) // 2])):
-        part = model.trace(base.inputs, want=e.site)[e.site]
-        size = float(part.float().square().mean().sqrt()) or 1.0
-        noise = torch.randn(part.shape, generator=generator).to(part) * size
-        probes.append(replace(e, run=run, intervention=Add(e.site, noise)))
+        noise = [_noise(model, base.inputs, item.site, generator) for item in _items(e)]
+        lines = tuple(replace(line, intervention=add) for line, add in zip(e.lines, noise, strict=False))
+        probes.append(replace(e, run=run, intervention=noise[0], lines=lines))
     try:
         runs, rows = walk(probes)
         found = model.unembed(rows)
@@ -211,7 +232,7 @@ def _compare(model: Model, base: Base, walk: Walk, entries: Sequence[Entry], rea
     at = list(reads)
     plain = model(base.inputs)[0, at]
     for run, logits in zip(runs, found, strict=True):
-        exact = model.trace(base.inputs, do=probes[run].intervention).logits
+        exact = model.trace(base.inputs, do=_items(probes[run])).logits
         if exact is None:
             return "the model returned no logits"
         exact = exact[0, at]
@@ -221,3 +242,13 @@ def _compare(model: Model, base: Base, walk: Walk, entries: Sequence[Entry], rea
         if not error <= tolerance(model.dtype) * size or error > SHARE_OFF * effect + rounding:
             return f"replaying '{probes[run].site}' gave logits off by {error:.2g} where they change by {effect:.2g}"
     return ""
+
+
+def _items(e: Entry) -> Items:
+    return tuple(line.intervention for line in e.lines) or (e.intervention,)
+
+
+def _noise(model: Model, inputs: Inputs, site: Site, generator: torch.Generator) -> Intervention:
+    part = model.trace(inputs, want=site)[site]
+    size = float(part.float().square().mean().sqrt()) or 1.0
+    return Add(site, torch.randn(part.shape, generator=generator).to(part) * size)

@@ -9,7 +9,7 @@ what it makes of them stays in the processor's caches.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from cutaway.engine.base import Attended, Base, LayerCall
 from cutaway.engine.products import fast_activations, fast_products
 from cutaway.engine.reduce import Entry, Reducer
 from cutaway.engine.rows import position_axis
+from cutaway.engine.script import Line, Script
 from cutaway.engine.share import attend_shared, can_share, worth_sharing
 from cutaway.models.interface import ATTENTION
 
@@ -62,12 +63,17 @@ class _Taken(BaseException):
 
 
 class Walk:
-    """One walk through the layers for some of the runs."""
+    """Walks through the layers, each for some of the runs.
 
-    def __init__(self, base: Base, reducer: Reducer, reads: Sequence[int]) -> None:
+    Args:
+        reads: positions that the metric reads. end: positions before it are walked too, read or not.
+    """
+
+    def __init__(self, base: Base, reducer: Reducer, reads: Sequence[int], end: int = 0) -> None:
         self.base, self.reducer, self.reads = base, reducer, list(reads)
-        self.end = max(base.reach.last[p] for p in reads) + 1
+        self.end = max(end, max(base.reach.last[p] for p in reads) + 1)
         self._sharing: dict[int, bool] = {}
+        self._lines: dict[int, tuple[Line, ...]] = {}
 
     def __call__(self, entries: Sequence[Entry]) -> tuple[list[int], Tensor]:
         """What ``steps`` returns."""
@@ -86,6 +92,7 @@ class Walk:
         Yields once per layer of the model. Runs that write what the base run has there are left out.
         """
         layers = self.base.layers
+        self._lines = {e.run: e.lines for e in entries if e.lines}
         groups = {e.first: Group(e.first) for e in sorted(entries, key=lambda e: e.first)}
         for i in range(len(layers)):
             self._step(i, groups, [e for e in entries if e.layer == i])
@@ -99,7 +106,7 @@ class Walk:
 
     def _step(self, i: int, groups: dict[int, Group], entries: Sequence[Entry]) -> None:
         """Layer ``i``, at which ``entries`` join."""
-        call, last = self.base.layers[i], i == len(self.base.layers) - 1
+        call = self.base.layers[i]
         mids = {first: Group(first) for first in groups}
         self._join(groups, [e for e in entries if not e.mid], call.pre)
         self._join(mids, [e for e in entries if e.mid], call.pre)
@@ -107,9 +114,9 @@ class Walk:
         if not live and not late:
             return
         model = self.base.model
-        with fast_products(model.device, model.dtype), fast_activations(call.module):
-            self._through(call, live, False, last)
-            self._through(call, late, True, last)
+        with fast_products(model.device, model.dtype):
+            self._through(i, live, False)
+            self._through(i, late, True)
         for g in late:
             if g.rows is not None:
                 groups[g.first].join(g.runs, g.rows)
@@ -118,27 +125,50 @@ class Walk:
             for g in groups.values():
                 g.rows = None if g.rows is None else g.rows + gap[g.first : self.end]
 
-    def _through(self, call: LayerCall, groups: Sequence[Group], mid: bool, last: bool) -> None:
-        """Take the rows of all groups through a layer (its later part where ``mid``).
+    def _through(self, i: int, groups: Sequence[Group], mid: bool) -> None:
+        """Take the rows of all groups through layer ``i`` (its later part where ``mid``).
 
-        Of the last layer only the rows that are read come out.
+        Of the last layer only the rows that are read come out; no others go into it beyond their keys and values,
+        unless a run acts there.
         """
+        call, last = self.base.layers[i], i == len(self.base.layers) - 1
         made: dict[int, list[Tensor]] = {g.first: [] for g in groups}
         for some in _portions(groups):
-            keys = self._keys(call, some) if last and not mid else None
-            if last:
-                for part in some:
-                    part.rows = self._read(part)
-            self._layer(call, [] if mid else some, some if mid else [], last, keys)
+            script = None if mid else self._script(i, some)
+            early = last and script is None
+            keys = self._keys(call, some) if early and not mid else None
+            if early:
+                self._reduce(some)
+            self._layer(call, [] if mid else some, some if mid else [], early, keys, script)
+            if last and not early:
+                self._reduce(some)
             for part in some:
                 if part.rows is not None:
                     made[part.first].append(part.rows)
         for g in groups:
             g.rows = made[g.first][0] if len(made[g.first]) == 1 else torch.cat(made[g.first])
 
+    def _reduce(self, groups: Sequence[Group]) -> None:
+        """The rows of these groups become those that are read."""
+        for g in groups:
+            g.rows = self._read(g)
+
+    def _script(self, i: int, groups: Sequence[Group]) -> Script | None:
+        """What runs of these groups, packed in this order, do inside layer ``i``; None when nothing."""
+        due, start = [], 0
+        for g in groups:
+            for run in g.runs:
+                here = [line for line in self._lines.get(run, ()) if line.site.layer == i]
+                due += [(line, [start + p - g.first for p in line.positions]) for line in here]
+                start += self.end - g.first
+        return Script(self.base.model, due, start) if due else None
+
     def _join(self, groups: dict[int, Group], entries: Sequence[Entry], stream: Tensor) -> None:
         by_first: dict[int, list[tuple[int, Tensor]]] = {}
         for e in entries:
+            if e.lines:
+                by_first.setdefault(e.first, []).append((e.run, stream[e.first : self.end]))
+                continue
             at, change = self.reducer.delta(e)
             keep = (at >= e.first) & (at < self.end)
             if bool(change[keep].any()):  # else the run is the base run
@@ -183,7 +213,13 @@ class Walk:
         raise RuntimeError("the last layer did not attend")
 
     def _layer(
-        self, call: LayerCall, live: Sequence[Group], late: Sequence[Group], reading: bool, keys: _Keys | None
+        self,
+        call: LayerCall,
+        live: Sequence[Group],
+        late: Sequence[Group],
+        reading: bool,
+        keys: _Keys | None,
+        script: Script | None,
     ) -> None:
         """Run one layer on the rows of all groups; those of ``late`` take the base run's attention."""
         seen = _seen(call)
@@ -195,10 +231,18 @@ class Walk:
             native: Any, own: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *a: Any, **kw: Any
         ) -> Any:
             k, v = (keys.k, keys.v) if keys is not None and keys.k is not None and keys.v is not None else (k, v)
+            if script is not None:
+                q, k, v = (script.heads_first(f"attn.{name}", x) for name, x in (("q", q), ("k", k), ("v", v)))
             z = self._attend(seen, live, reading, q, k, v)
+            z = z if script is None else script("attn.z", z)
             return (z.transpose(1, 2) if seen.heads_first else z), None
 
-        with ATTENTION.watch({id(seen.module): answer}), _freezing(seen.module, len(at), frozen):
+        with (
+            ATTENTION.watch({id(seen.module): answer}),
+            _freezing(seen.module, len(at), frozen),
+            nullcontext() if script is None else script.around_layer(),
+            fast_activations(call.module),
+        ):
             out = call.run(torch.cat([x, x_late]), torch.cat([at, at_late]))
         start = 0
         for g in (*live, *late):

@@ -180,8 +180,12 @@ class Region:
         if self.whole:
             return part
         new = x.clone()
-        new[self._index(x.device)] = part
+        self.write(new, part)
         return new
+
+    def write(self, x: Tensor, part: Tensor) -> None:
+        """Replace the named part of ``x`` itself."""
+        x[self._index(x.device)] = part
 
 
 def joined(site: Site, earlier: Tensor | None, part: Tensor, unseen: float = -torch.inf) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cutaway.core.errors import InputError, InterventionError, SiteRangeError, SiteSyntaxError, UnsupportedError
-from cutaway.core.intervention import Apply, Set, Zero
+from cutaway.core.intervention import Apply, Set, Where, Zero
 from cutaway.core.metric import Metric
 from cutaway.engine import plan_memory, replay
 from cutaway.models.handle import Model
@@ -47,6 +47,7 @@ def untouched() -> Iterator[Model]:
 def test_a_sweep_leaves_the_model_as_it_was(untouched: Model) -> None:
     runs = [Zero(f"L{i}.{kind}") for i in range(3) for kind in ("resid_mid", "attn.z[0]", "mlp.act[1]", "resid_pre@-1")]
     assert replay(untouched, IDS, runs, LOGIT).how == "replay"
+    assert replay(untouched, IDS, [runs, runs[::-1]], LOGIT).how == "replay"
 
 
 def test_an_exception_inside_leaves_the_model_as_it_was(untouched: Model) -> None:
@@ -56,6 +57,10 @@ def test_an_exception_inside_leaves_the_model_as_it_was(untouched: Model) -> Non
     replay(untouched, IDS, [Zero("L1.resid_mid")], LOGIT)
     with pytest.raises(ZeroDivisionError, match="inside"):
         replay(untouched, IDS, [Zero("L0.resid_mid"), Apply("L1.resid_mid", explode)], LOGIT)
+    for kind in ("resid_mid", "attn.k", "mlp.act"):
+        replay(untouched, IDS, [[Zero("L0.attn.v"), Zero(f"L1.{kind}")]], LOGIT)
+        with pytest.raises(ZeroDivisionError, match="inside"):
+            replay(untouched, IDS, [[Zero("L0.attn.v"), Apply(f"L1.{kind}", explode)]], LOGIT)
 
 
 def test_an_exception_in_a_layer_leaves_the_model_as_it_was(untouched: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +154,31 @@ def test_bad_runs_name_what_is_wrong() -> None:
         replay(model(), IDS, [Set("L0.resid_pre", float("nan"))], LOGIT)
     with pytest.raises(InterventionError, match=r"\[3\]"):
         replay(model(), IDS, [Set("L0.resid_pre@7", torch.zeros(3))], Metric("logit", (5,), 2))
+    with pytest.raises(InputError, match="no intervention"):
+        replay(model(), IDS, [[Zero("L0.resid_pre")], []], LOGIT)
+    with pytest.raises(SiteRangeError, match="layer 9"):
+        replay(model(), IDS, [[Zero("L0.resid_pre"), Zero("L9.resid_pre")]], LOGIT)
+    with pytest.raises(InterventionError, match=r"'L1\.attn\.k@7': the value is"):
+        replay(model(), IDS, [[Zero("L0.resid_pre"), Set("L1.attn.k@7", torch.zeros(3))]], LOGIT)
+
+
+def test_interventions_of_a_run_are_told_what_they_are_told_in_a_plain_run() -> None:
+    told: list[tuple[object, ...]] = []
+
+    def note(x: torch.Tensor, where: Where) -> torch.Tensor:
+        told.append((str(where.site), where.axes, where.real, where.chunk, tuple(x.shape)))
+        return x * 2
+
+    runs = [
+        [Apply(site, note), Zero("L1.resid_pre@2")] for site in ("L0.mlp.act[1-3]@2", "L2.attn.v[0]", "L1.attn.out")
+    ]
+    replay(model(), IDS, [[Zero(item.at) for item in run] for run in runs], LOGIT)  # the check at first use
+    replay(model(), IDS, runs, LOGIT, plain=False)
+    here = told.copy()
+    told.clear()
+    replay(model(), IDS, runs, LOGIT, plain=True)
+    assert sorted(map(str, here)) == sorted(map(str, told))
+    assert len(here) == 3
 
 
 def test_nothing_is_drawn_when_nobody_watches(capfd: pytest.CaptureFixture[str]) -> None:
@@ -185,12 +215,15 @@ class Memory(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("metric", [LOGIT, Metric("entropy")], ids=str)
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "Gemma2ForCausalLM"])
-def test_memory_stays_below_what_was_said(name: str, metric: Metric) -> None:
+def test_memory_stays_below_what_was_said(name: str, metric: Metric, several: bool) -> None:
     m = model(name)
     ids = torch.randint(1, 90, (1, 40), generator=torch.Generator().manual_seed(0))
     runs = [Zero(f"L{i}.{kind}@{p}") for i in range(3) for kind in ("resid_pre", "attn.out") for p in range(40)]
+    if several:
+        runs = [[a, b] for a, b in zip(runs, [*runs[120:], *runs[:120]], strict=True)]
     said = plan_memory(m, ids, runs, metric)
     with Memory() as memory:
         found = replay(m, ids, runs, metric)
