@@ -24,7 +24,7 @@ from cutaway.models.encode import Encoder
 from cutaway.models.plan import Anatomy, Layer, is_transposed
 from cutaway.models.probe import probe
 from cutaway.models.region import Window, window_of_call
-from cutaway.models.selfcheck import check_watched, random_numbers_kept
+from cutaway.models.selfcheck import check_watched, random_numbers_kept, spares_cache
 from cutaway.models.sites import site_of_module
 from cutaway.models.watch import Done, Stop, Watch, asleep
 
@@ -50,7 +50,9 @@ class Model:
         self._saw_image = False
         self._lock = threading.RLock()
         self._digest: tuple[int, str] | None = None
-        self._takes_cache = "use_cache" in inspect.signature(hf.forward).parameters
+        takes = inspect.signature(hf.forward).parameters
+        self._takes_cache = "use_cache" in takes
+        self._may_take_cache = any(p.kind is p.VAR_KEYWORD for p in takes.values())
 
     # -- what it is ---------------------------------------------------------------------------------------------------
     @property
@@ -128,6 +130,8 @@ class Model:
         known = self._anatomy, self._saw_image
         try:
             with asleep(self.hf), images_explained(sample):
+                if self._may_take_cache and not self._takes_cache:
+                    self._takes_cache, self._may_take_cache = spares_cache(self, sample), False
                 with random_numbers_kept(self.device):
                     self._anatomy, self._saw_image = probe(self.hf, self._kwargs(sample)), image
                 check_watched(self, sample)

@@ -23,6 +23,22 @@ def random_numbers_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
+def spares_cache(model: Model, sample: Inputs) -> bool:
+    """Whether ``use_cache=False`` passes through the model's other keywords, builds no cache and changes no logit."""
+    given = sample.kwargs(model.device)
+    with random_numbers_kept(model.device), torch.no_grad():
+        plain = model.hf(**given)
+    if getattr(plain, "past_key_values", None) is None:
+        return False
+    try:
+        with random_numbers_kept(model.device), torch.no_grad():
+            spared = model.hf(**given, use_cache=False)
+    except (TypeError, ValueError):
+        return False
+    same = (spared.logits == plain.logits) | (spared.logits.isnan() & plain.logits.isnan())
+    return getattr(spared, "past_key_values", None) is None and bool(same.all())
+
+
 def check_watched(model: Model, sample: Inputs) -> None:
     """Raises when watching changes the logits (UnsupportedError), or they are not finite (WeightsError)."""
     with random_numbers_kept(model.device):
