@@ -68,8 +68,11 @@ class Sources:
         return own[list(sources)] + self.carried[:, list(sources)].sum(0)
 
     def left(self, sources: Sequence[int]) -> Tensor:
-        """[via] what the positions that carry bring beside what they carry on from some positions."""
-        return self.direct[list(self.via)] - self.carried[:, list(sources)].sum(1)
+        """[pos] what every position brings beside what it carries on from some of them; 0 at those."""
+        rest = self.direct.clone()
+        rest[list(self.via)] -= self.carried[:, list(sources)].sum(1)
+        rest[list(sources)] = 0
+        return rest
 
 
 def sources(
@@ -91,7 +94,7 @@ def sources(
         UnsupportedError: no layer's heads can be told apart, or the readout is not understood.
     """
     at = f"@{Items.of(via)}"
-    attending = [i for i, plan in enumerate(model.layers) if plan.has("attn.z") and plan.w_o]
+    attending = [i for i, plan in enumerate(model.layers) if plan.has("attn.z") and plan.w_o] if via else []
     extra = [f"L{i}.{kind}{at}" for i in attending for kind in KEPT]
     parts = take_apart(model, inputs, 1, "head-position", extra)
     if not parts.groups:
@@ -102,7 +105,9 @@ def sources(
     bases = Baselines(goal, torch.stack([parts.layers[g.layer].x for g in parts.groups]))
     first = [g.first_order(bases.gradient[n]).view(-1, g.per_source) for n, g in enumerate(parts.groups)]
     head, from_head = _best_head(bases, parts.groups)
-    carried, errors, missing = _carried(model, parts, bases, via, at)
+    carried, errors, missing = (
+        _carried(model, parts, bases, via, at) if via else (first[0].new_zeros(0, len(first[0])), [], {})
+    )
     return Sources(
         direct=sum((f.sum(1) for f in first), torch.zeros(())),
         carried=carried,

@@ -8,7 +8,7 @@ import annotated_types
 import torch
 from torch import Tensor
 
-from cutaway.core.errors import ImageError, ParameterError, UnsupportedError
+from cutaway.core.errors import ImageError, ParameterError, SiteMissingError, UnsupportedError
 from cutaway.core.inputs import Inputs, PatchGrid
 from cutaway.core.method import method
 from cutaway.core.metric import Metric
@@ -119,10 +119,10 @@ def _sources(
     model: Model, inputs: Inputs, seen: list[int], target: int | None, versus: int | None, exact: bool, other: bool
 ) -> tuple[Sources | None, list[str]]:
     """What positions bring, and what is not in it; None where heads cannot be told apart and there is another map."""
-    via = [p for p in range(inputs.ids.shape[1]) if p not in set(seen)]
+    via = [p for p in range(seen[0], inputs.ids.shape[1]) if p not in set(seen)]  # what is in front has not seen it
     try:
         found = sources(model, inputs, via, target, versus, exact)
-    except UnsupportedError as error:
+    except (UnsupportedError, SiteMissingError) as error:
         if not other:
             raise
         return None, [f"occlusion alone: what heads bring cannot be told: {error.found}"]

@@ -225,6 +225,14 @@ def test_one_of_several_images_is_named(tmp_path: Path) -> None:
         image_patches(model, both, number=2)
 
 
+def test_an_image_at_the_end_is_read_by_itself(tmp_path: Path) -> None:
+    save("llava", tmp_path)
+    found = image_patches(load(tmp_path), "what is here <image>", image=Image.effect_noise((32, 32), 80), draws=0)
+    assert found.values[2] == pytest.approx(found.values[1])
+    assert found.check is not None
+    assert found.check.holds
+
+
 def test_what_cannot_be_mapped_is_said_in_one_sentence(scenes: Model) -> None:
     scene, prompt, _ = asked("colour", 1)[0]
     with pytest.raises(ImageError, match="the prompt brings no image; give one"):
