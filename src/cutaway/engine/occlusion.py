@@ -9,11 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cutaway.core.errors import UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Add, Intervention, Set
 from cutaway.core.metric import Metric
-from cutaway.core.progress import track
 from cutaway.core.site import Items
 from cutaway.engine.replay import replay
 from cutaway.models.handle import Model
@@ -24,9 +22,8 @@ Filling = Literal["mean", "zero"]
 class Occlusion:
     """Empties image positions of one prompt, one set per run.
 
-    A position's state before the first layer becomes the mean over ``positions``, or zero. What a model adds to image
-    positions between later layers (DeepStack) is replaced in the same way; such sweeps take a whole pass per run,
-    others go through replay.
+    A position's state before the first layer becomes the mean over ``positions``, or zero; what a model adds to image
+    positions between later layers (DeepStack) is replaced in the same way.
 
     Args:
         positions: all image positions, over which means are taken.
@@ -49,27 +46,15 @@ class Occlusion:
 
     def __call__(self, sets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, str]:
         """([set] the metric without each set of positions, [] as it is, how it was run)."""
-        if not self._entering[1]:
-            found = replay(self.model, self.inputs, [self._first(some) for some in sets], self.metric)
-            return found.values.double(), found.base.double(), found.how
-        runs = [(self._first(some), *self._others(some)) for some in sets]
-        values = [self._run(do) for do in track(runs, "occlusions", total=len(runs))]
-        how = "plain: the model adds image features between later layers too"
-        return torch.stack(values).double(), self._run(()).double(), how
+        found = replay(self.model, self.inputs, [self._emptied(sorted(some)) for some in sets], self.metric)
+        return found.values.double(), found.base.double(), found.how
 
-    def _run(self, do: Sequence[Intervention]) -> Tensor:
-        logits = self.model.trace(self.inputs, do=do).logits
-        if logits is None:
-            raise UnsupportedError(f"run {self.model.name}", "it returned no logits", "")
-        return self.metric(logits, self.inputs)[0]
-
-    def _first(self, some: Sequence[int]) -> Intervention:
-        return Set(f"L0.resid_pre@{Items.of(sorted(some))}", self._filled(self._entering[0]))
-
-    def _others(self, some: Sequence[int]) -> list[Intervention]:
-        rows = [self.positions.index(p) for p in sorted(some)]
-        site = f"resid_pre@{Items.of(sorted(some))}"
-        return [Add(f"L{i}.{site}", self._filled(gap) - gap[rows]) for i, gap in self._entering[1].items()]
+    def _emptied(self, some: Sequence[int]) -> Intervention | list[Intervention]:
+        states, later = self._entering
+        at, rows = Items.of(some), [self.positions.index(p) for p in some]
+        first = Set(f"L0.resid_pre@{at}", self._filled(states))
+        others = [Add(f"L{i}.resid_pre@{at}", self._filled(gap) - gap[rows]) for i, gap in later.items()]
+        return [first, *others] if others else first
 
     def _filled(self, states: Tensor) -> Tensor:
         return states.mean(0) if self.filling == "mean" else torch.zeros_like(states[0])
