@@ -50,7 +50,8 @@ class CircuitRuns:
         whole = torch.as_tensor(wiring.real)
         self.clean, self.corrupt = self(torch.stack([whole, torch.zeros_like(whole)]))
 
-    def _last(self, inputs: Inputs) -> Tensor:
+    def last(self, inputs: Inputs) -> Tensor:
+        """[row, pos, d] the last residual stream of a plain run."""
         site = f"L{len(self.fronts) - 1}.resid_post"
         return self.model.trace(inputs, want=site, stop=True)[site]
 
@@ -76,7 +77,7 @@ class CircuitRuns:
         reads = repeated.measure.reads(repeated.clean)
         measure = repeated.measure
         if measure.metric is not None and measure.metric.form == "kl":
-            clean = read_logits(self.model, self._last(repeated.clean), reads)
+            clean = read_logits(self.model, self.last(repeated.clean), reads)
             measure = measure.against(clean)
         with torch.no_grad():
             return measure.of(read_logits(self.model, one.run(), reads)).view(n, len(pairs))
@@ -213,3 +214,21 @@ class _Pass:
         i = where.site.layer
         self._keep(self.wiring.first(i) + self.wiring.heads[i], out[None])
         return out
+
+
+def plain_values(runs: CircuitRuns) -> Tensor:
+    """[2, pair] the measure of the clean run and of everything replaced, without running any circuit."""
+    values = []
+    with torch.no_grad():
+        for b in range(len(runs.pairs)):
+            one = runs.pairs.take([b])
+            reads = one.measure.reads(one.clean)
+            outs, last = runs.senders.run(one.clean)
+            clean = read_logits(runs.model, last, reads)
+            if one.corrupt is None:
+                last = last.float() + (runs.senders.replacement(one) - outs).sum(0)
+            else:
+                last = runs.last(one.corrupt)
+            measure = one.measure.against(clean)
+            values.append(torch.cat([measure.of(clean), measure.of(read_logits(runs.model, last, reads))]))
+    return torch.stack(values, dim=1).cpu()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cutaway.core.errors import ResultError
-from cutaway.core.result import Array, over
+from cutaway.core.result import Array, columns_over, over
 from cutaway.results import drawing
 from cutaway.results.kind import Kind
 
@@ -27,6 +27,8 @@ class Series(Kind, kind="series"):
         y: numbers [line, x], in ``unit``; NaN leaves a gap. ``measure`` says what they are.
         lo, hi: an interval around every number [line, x]; both or neither, NaN for none.
         log_x: draw x on a logarithmic axis.
+        line_columns: more about each line, such as the area under it.
+        about: what else its readers need, such as the sizes of what was measured.
     """
 
     x: Array = field(metadata=over("x"))
@@ -37,6 +39,8 @@ class Series(Kind, kind="series"):
     x_unit: str = ""
     measure: str = "value"
     log_x: bool = False
+    line_columns: dict[str, Array] = field(default_factory=dict, metadata=columns_over("line"))
+    about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()

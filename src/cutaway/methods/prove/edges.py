@@ -29,7 +29,7 @@ TOLERANCE = 1e-3
 
 @method(
     cites=("hanna2024eapig", "syed2023eap"),
-    example={"clean": "#5 #9 #6 #7", "corrupt": "#5 #4 #6 #7", "metric": "logit_diff: #11, #22", "steps": "2"},
+    example={"clean": "#5 #9 #6 #7", "corrupt": "#15 #4 #60 #70", "metric": "logit_diff: #11, #22", "steps": "2"},
 )
 def edges(
     model: Model,
