@@ -88,7 +88,7 @@ def faithfulness(
         seed: of the draws.
 
     Returns:
-        shares [line, fraction]; of random edges the mean with the smallest and largest. ``line_columns`` holds CPR and CMD.
+        shares [line, fraction]; of random edges the mean with the smallest and largest. ``line_columns``: CPR and CMD.
 
     Raises:
         MismatchError: prompts of unequal length, or a graph of another model. ParameterError: both runs measure alike.
