@@ -12,11 +12,12 @@ from pathlib import Path
 from cutaway import catalog
 from cutaway.core.errors import CutawayError
 from cutaway.core.result import Result
+from cutaway.core.result_file import PAGE
 from cutaway.data import Scenes, Town
 from cutaway.explain import explain
 from cutaway.models.doctor import doctor
 from cutaway.models.load import load
-from cutaway.results.explanation import PAGE, Explanation
+from cutaway.results.explanation import Explanation
 
 STYLE = """
 :root{color-scheme:light dark}

@@ -219,6 +219,20 @@ def test_an_unproved_explanation_says_so_and_strict_makes_it_an_exit_code(
     assert main(["explain", "scenes", "--strict"]) == 3
 
 
+def test_a_folder_that_holds_something_else_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cutaway.explain.PARTS", {})
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").touch()
+    assert main(["explain", "planted-llama", "--out", str(tmp_path / "taken"), "--overwrite"]) == 1
+    assert "it is or holds mine.txt, which is no result" in capsys.readouterr().err
+    assert main(["explain", "scenes", "--prompt", "<image> What colour is the square?"]) == 2
+    assert "a place for an image, and none is given" in capsys.readouterr().err
+    assert main(["explain", "twon"]) == 2
+    assert "did you mean 'town'" in capsys.readouterr().err
+
+
 def test_a_model_that_is_no_specimen_needs_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", str(tmp_path)]) == 2
     assert "no prompt is given; write --prompt" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import typer
 from cutaway.cli.method_command import run, typed, with_options
 from cutaway.cli.options import OUTPUT
 from cutaway.cli.output import warn
-from cutaway.core.errors import InputError
+from cutaway.core.errors import InputError, nearest
 from cutaway.core.method import Method
 
 FIRST = "town"  # the specimen that is explained when no model is named
@@ -52,7 +52,8 @@ def _example(model: str, has_image: bool) -> dict[str, str]:
 
     asked = f"explaining {model!r}"
     if model not in specimens.names():
-        raise InputError(asked, "no prompt is given", "write --prompt 'TEXT'")
+        hint = nearest(model, specimens.names())
+        raise InputError(asked, "no prompt is given", f"write --prompt 'TEXT'{f', or {hint}' if hint else ''}")
     if has_image:
         raise InputError(asked, "an image is given and no prompt", "write --prompt '<image> QUESTION'")
     return specimens.example(model)

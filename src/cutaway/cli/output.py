@@ -79,14 +79,20 @@ def show_rows(rows: Sequence[Any], as_json: bool) -> None:
 
 def check_targets(out: Sequence[Path], overwrite: bool) -> None:
     """ResultError when one of the places to write to cannot take a result: known before the run, not after it."""
+    from cutaway.core.result_file import OURS
     from cutaway.results.kind import WRITERS
 
     for path in out:
         if path.suffix and path.suffix not in WRITERS:
             hint = f"use one of {', '.join(WRITERS)}, or a name without a dot for a folder"
             raise ResultError(f"writing {str(path)!r}", f"there is no writer for {path.suffix!r}", hint)
-        if not path.suffix and not overwrite and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ResultError(f"saving to {str(path)!r}", "it exists", "add --overwrite, or choose another folder")
+        if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            asked = f"saving to {str(path)!r}"
+            if not overwrite:
+                raise ResultError(asked, "it exists", "add --overwrite, or choose another folder")
+            other = "a file" if not path.is_dir() else next((e.name for e in path.iterdir() if e.name not in OURS), "")
+            if other:
+                raise ResultError(asked, f"it is or holds {other}, which is no result", "choose another folder")
 
 
 def deliver(result: Result, out: Sequence[Path], as_json: bool, overwrite: bool = False) -> None:

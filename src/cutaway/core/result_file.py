@@ -22,6 +22,8 @@ from cutaway.core.result import Result
 SCHEMA = 1
 JSON, ARRAYS = "result.json", "arrays.safetensors"
 WHOLE = "explanation.json"  # a folder may hold one JSON text with all numbers in it instead
+PAGE, TABLES = "report.html", "tables"  # what may lie beside it
+OURS = (JSON, ARRAYS, WHOLE, PAGE, TABLES)
 PREVIOUS = ".{}.previous"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from cutaway.core.errors import ResultError, nearest
 from cutaway.core.proof import Proof
 from cutaway.core.result import Array, Result, of_results, over
-from cutaway.core.result_file import WHOLE, put, to_json
+from cutaway.core.result_file import PAGE, TABLES, WHOLE, put, to_json
 from cutaway.results import drawing
 from cutaway.results.kind import Kind
 from cutaway.results.ranking import Ranking
@@ -21,7 +21,6 @@ from cutaway.results.table import Table
 if TYPE_CHECKING:
     import pandas
 
-PAGE, TABLES = "report.html", "tables"
 DRAWN = ("image_patches", "heads", "layers", "lens")
 """The part that stands for the whole in one picture: the first of these that is there."""
 
@@ -86,6 +85,14 @@ class Explanation(Kind, kind="explanation"):
     def proved(self) -> bool:
         """Whether there are proofs, and all of them hold, that of the whole among them."""
         return bool(self.proofs) and not self.unproved and (self.proof is None or self.proof.holds)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The parts that were refused, those with the same reason together."""
+        parts: dict[str, list[str]] = {}
+        for name, why in self.refused.items():
+            parts.setdefault(why, []).append(name.replace("_", " "))
+        return tuple(f"{', '.join(names)}: {why}" for why, names in parts.items())
 
     @property
     def command(self) -> str:

@@ -65,7 +65,7 @@ def page(told: Explanation) -> str:
         *_image(told, picture),
         *_proof(told, picture),
         *_list("Caveats", told.caveats),
-        *_list("Left out", [f"{_title(name)}: {why}" for name, why in told.refused.items()]),
+        *_list("Left out", told.left_out),
         *_list("Notes", told.notes),
         *(pages.provenance(told.made_by) if told.made_by else []),
     ]

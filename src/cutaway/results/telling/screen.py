@@ -42,7 +42,7 @@ def screen(told: Explanation) -> Any:
     parts += [Text(f"scores of {goal(told)}; under each name what is lost without those named", style="dim")]
     parts.append(_components(told))
     parts += [Text(f"caveat: {each}", style="yellow") for each in told.caveats]
-    parts += [Text(f"left out: {name.replace('_', ' ')}: {why}", style="dim") for name, why in told.refused.items()]
+    parts += [Text(f"left out: {each}", style="dim") for each in told.left_out]
     parts += [Text(f"note: {note}", style="yellow") for note in told.notes]
     if told.command:
         parts.append(Text(f"again: {told.command}", style="dim"))
