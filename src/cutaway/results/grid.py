@@ -64,7 +64,7 @@ class Grid(Kind, kind="grid"):
             values, panels = values[index : index + 1], (panel,)
         y_name, x_name = self.axes[-2:]
         y_labels, x_labels = self.along(y_name), self.along(x_name)
-        across = min(len(panels), 3) or 1
+        across = 2 if len(panels) == 4 else min(len(panels), 3) or 1  # no row with a single panel
         width = drawing.step(len(x_labels), ROOM / across, CELL)
         height = drawing.step(len(y_labels), HEIGHT / (2 if len(panels) > across else 1), CELL)
         signed = self.scale == "diverging"

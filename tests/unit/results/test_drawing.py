@@ -11,6 +11,7 @@ import vl_convert
 from cutaway.core.errors import ResultError
 from cutaway.results import Graph, Grid, ImageMap, Pattern, Ranking, Readout, Series, Table, drawing
 from cutaway.results.layout import layered, ranks
+from cutaway.results.telling import pictures
 from tests.unit.results.examples import png
 
 
@@ -170,3 +171,19 @@ def test_a_graph_draws_its_strongest_edges_and_says_so() -> None:
     assert {row["shown"] for row in spec["data"]["values"] if row["part"] == "edge"} == {"-5"}
     assert "the strongest 1 of 3 edges" in spec["title"]["subtitle"]
     assert {row["node"] for row in spec["data"]["values"] if row["part"] == "node"} == {"b", "c"}
+
+
+def test_a_flow_over_many_positions_is_drawn_with_the_image_as_one_column_and_the_strongest_of_the_rest() -> None:
+    values = np.zeros((4, 2, 200))
+    values[0, 1, 5:105] = 0.5
+    values[1, 0, 150] = 3.0
+    values[2, 0, :] = np.nan
+    roles = np.array(["text"] * 5 + ["image"] * 100 + ["text"] * 95, dtype=object)
+    flow = Grid(values=values, axes=("flow", "layer", "position"), labels={"position": tuple(map(str, range(200)))})
+    drawn = pictures.narrowed(flow, roles)
+    assert drawn.values.shape == (4, 2, pictures.POSITIONS)
+    at = drawn.along("position").index("100 image tokens")
+    assert drawn.values[0, 1, at] == 50.0
+    assert np.isnan(drawn.values[2, 0]).all()
+    assert drawn.values[1, 0, drawn.along("position").index("150")] == 3.0
+    assert np.nansum(drawn.values) == np.nansum(values)

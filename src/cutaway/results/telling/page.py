@@ -11,6 +11,7 @@ import numpy as np
 
 from cutaway.results import drawing
 from cutaway.results import page as pages
+from cutaway.results.grid import Grid
 from cutaway.results.kind import cell_text
 from cutaway.results.ranking import Ranking
 from cutaway.results.readout import Readout
@@ -162,9 +163,13 @@ def _where(told: Explanation, picture: Callable[[str, drawing.Spec], str]) -> It
         yield f'<h2>Where: heads</h2><p class="faint">What each head adds to {_goal(told)}.</p>'
         yield picture("heads", pictures.head_map(heads).spec())
         yield _ranked(told, "heads")
-    if "logit_flow" in told.parts:
-        yield '<h2>Where: flow</h2><p class="faint">Where the score was written, by position and layer.</p>'
-        yield picture("flow", told.parts["logit_flow"].spec())
+    flow = told.parts.get("logit_flow")
+    if isinstance(flow, Grid) and "position" in flow.axes:
+        yield (
+            '<h2>Where: flow</h2><p class="faint">Value: what the best neurons add to the answer, at the position that '
+            "heads read it from. Query: the same nats, handed back to what wrote into that position before.</p>"
+        )
+        yield picture("flow", pictures.narrowed(flow, told.roles).spec())
     if isinstance(lens, Readout):
         yield "<h2>What each layer would say</h2>"
         yield _lens(told, lens)

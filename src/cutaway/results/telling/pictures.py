@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cutaway.core.proof import Proof
     from cutaway.results.ranking import Ranking
 
+POSITIONS = 48  # columns of a flow that a reader can tell apart
 ROOM, TALL, BAND, LINE = 720, 170, 44, 26
 SIDES = {"attn.out": "attention", "mlp.out": "MLP"}
 KNEE = 0.01  # smaller numbers of the proofs' axis are drawn on a plain scale, larger ones on a logarithmic one
@@ -63,6 +64,24 @@ def head_map(heads: Ranking) -> Grid:
     )
 
 
+def narrowed(flow: Grid, roles: np.ndarray) -> Grid:
+    """A flow over positions that fits a page: image positions as one column, of many others the strongest."""
+    values, labels, places = flow.values, list(flow.along("position")), np.arange(flow.values.shape[-1])
+    image = roles == "image"
+    if image.sum() > 1:
+        first = int(places[image][0])
+        merged = np.where(np.isnan(values[..., image]).all(-1), np.nan, np.nansum(values[..., image], axis=-1))
+        values = values.copy()
+        values[..., first] = merged
+        labels[first] = f"{int(image.sum())} image tokens"
+        places = places[~image | (places == first)]
+    if len(places) > POSITIONS:
+        strength = np.nan_to_num(np.abs(values[..., places])).reshape(-1, len(places)).sum(axis=0)
+        places = places[np.sort(np.argsort(-strength, kind="stable")[:POSITIONS])]
+    named = {**flow.labels, "position": tuple(labels[at] for at in places)}
+    return flow.replace(values=values[..., places], labels=named, check=None, proof=None)
+
+
 def proof_lines(proofs: Mapping[str, Proof]) -> drawing.Spec:
     """The drop without each named set, beside the range that random sets give."""
     rows = []
@@ -81,7 +100,7 @@ def proof_lines(proofs: Mapping[str, Proof]) -> drawing.Spec:
     x: drawing.Spec = {
         "type": "quantitative",
         "scale": {"type": "symlog", "constant": KNEE},
-        "axis": {"title": measure, "grid": True, "domain": False, "values": _ticks(rows)},
+        "axis": {"title": measure, "grid": True, "domain": False, "values": _ticks(rows), "format": "~g"},
     }
     y: drawing.Spec = {"field": "y", "type": "ordinal", "axis": names}
     said = [{"field": "part", "type": "nominal"}, {"field": "shown", "type": "nominal", "title": measure}]
