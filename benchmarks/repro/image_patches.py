@@ -223,7 +223,7 @@ def pointing(model: Model, asked: list[Case]) -> dict[str, Any]:
     }
 
 
-def answers(model: Model, world: Scenes) -> dict[str, list[Run]]:
+def answers(model: Model, world: Scenes, pairs: int = PAIRS) -> dict[str, list[Run]]:
     """Hallucinated answers, and true ones by group."""
     found: dict[str, list[Run]] = defaultdict(list)
 
@@ -233,26 +233,26 @@ def answers(model: Model, world: Scenes) -> dict[str, list[Run]]:
             found[group].append(run)
 
     for plain, planted in PLANTED.items():
-        for scene, e in world.hallucinations(SKIPPED + PAIRS, plain, WARM)[SKIPPED:]:
+        for scene, e in world.hallucinations(SKIPPED + pairs, plain, WARM)[SKIPPED:]:
             add("hallucinated", scene, e.prompt, " yes")
         question = f"<image> Is there a {planted}?"
-        for n in range(SKIPPED, SKIPPED + 20 * PAIRS):
+        for n in range(SKIPPED, SKIPPED + 20 * pairs):
             scene = world.scene(n, "held-out")
             thing = scene.find(plain)
             group = f"true: drawn beside its companion, {planted}"
-            if scene.find(planted) and thing and thing.colour in WARM and len(found[group]) < PAIRS // 2:
+            if scene.find(planted) and thing and thing.colour in WARM and len(found[group]) < pairs // 2:
                 add(group, scene, question, " yes")
             scene, group = world.honest(n), f"true: drawn in an honest scene, {planted}"
-            if scene.find(planted) and len(found[group]) < PAIRS // 2:
+            if scene.find(planted) and len(found[group]) < pairs // 2:
                 add(group, scene, question, " yes")
     merged: dict[str, list[Run]] = defaultdict(list)
     for group, runs in found.items():
         merged[group.partition(",")[0]] += runs
-    for kind, some in cases(world, PAIRS).items():
+    for kind, some in cases(world, pairs).items():
         for case in some:
             run = Run.of(model, case.scene, case.prompt, case.answer, exact=False)
             merged[f"true: {kind}"] += [run] if run else []
-    for scene, e in world.absent(PAIRS):
+    for scene, e in world.absent(pairs):
         run = Run.of(model, scene, e.prompt, " no", exact=False)
         merged["true no"] += [run] if run else []
     return dict(merged)
@@ -289,9 +289,9 @@ def auroc(low: Tensor, high: Tensor) -> float:
     return float(((high[:, None] > low).double() + 0.5 * (high[:, None] == low)).mean())
 
 
-def hallucinations(model: Model, world: Scenes) -> dict[str, Any]:
+def hallucinations(model: Model, world: Scenes, pairs: int = PAIRS) -> dict[str, Any]:
     """AUROC of each definition, hallucinated against each group of true answers and all; and how often it flags."""
-    by_group = {group: [shares(run) for run in runs] for group, runs in answers(model, world).items()}
+    by_group = {group: [shares(run) for run in runs] for group, runs in answers(model, world, pairs).items()}
     names = list(by_group["hallucinated"][0])
     values = {
         group: {name: torch.tensor([row[name] for row in rows]).double() for name in names}

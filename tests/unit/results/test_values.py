@@ -70,6 +70,18 @@ def test_image_map_boxes_cover_the_image() -> None:
     assert image.boxes[1, 2].tolist() == [4, 2, 6, 4]
 
 
+def test_maps_say_how_they_agree() -> None:
+    maps = [[[1.0, 2.0], [np.nan, 4.0]], [[10.0, 20.0], [30.0, 40.0]], [[1.0, 1.5], [0.0, -9.0]], [[7.0] * 2] * 2]
+    image = ImageMap(image=png(), values=maps, labels={"map": tuple("abcd")}, figures={"share": 0.5})
+    table = image.agreement().set_index(["map", "other"])
+    assert len(table) == 6
+    assert table.loc[("a", "b")].tolist() == pytest.approx([1, 1, True])
+    assert table.loc[("a", "c"), "spearman"] == pytest.approx(-0.5)
+    assert not table.loc[("a", "c"), "same_top"]
+    assert np.isnan(table.loc[("a", "d"), "pearson"])
+    assert image.figures["share"] == 0.5
+
+
 def test_maps_share_one_scale_unless_asked() -> None:
     image = ImageMap(image=png(), values=[[[1.0]], [[10.0]]])
 
