@@ -78,8 +78,12 @@ def measure(function: Map, d: int, device: torch.device, dtype: torch.dtype, wha
     x = PROBE * sign.to(device)
     other = torch.randn(d, generator=generator).to(device) * PROBE
     states = torch.stack([x, -x, x + 8 * PROBE, 2 * x, other])
-    with torch.no_grad():
-        y = _wide(function, states, dtype)
+    try:
+        with torch.no_grad():
+            y = _wide(function, states, dtype)
+    except Exception as problem:  # a module that is no norm may refuse states in any way
+        found = f"it takes no single states ({type(problem).__name__})"
+        raise UnsupportedError(what, found, "read whole states instead") from problem
     if y.shape != states.shape or not bool(torch.isfinite(y).all()):
         raise UnsupportedError(what, f"it gives {list(y.shape)} for {list(states.shape)}", "read whole states instead")
     shift, odd = (y[0] + y[1]) / 2, (y[0] - y[1]) / 2

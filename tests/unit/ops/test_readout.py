@@ -155,3 +155,5 @@ def test_norms_are_measured(module, d):
 def test_what_is_no_norm_is_refused():
     with pytest.raises(UnsupportedError, match="neither a norm"):
         measure(Odd(), 8, torch.device("cpu"), torch.float32, "this module")
+    with pytest.raises(UnsupportedError, match=r"takes no single states \(IndexError\)"):
+        measure(lambda x: x.transpose(1, 2), 8, torch.device("cpu"), torch.float32, "this module")
