@@ -9,6 +9,7 @@ import typer
 
 from cutaway import catalog
 from cutaway.cli import explain_command
+from cutaway.cli.graphs import choose_circuit, convert
 from cutaway.cli.method_command import function_of, help_of, safe
 from cutaway.cli.options import (
     Device,
@@ -203,7 +204,7 @@ def version(json: Json = False) -> None:
 
 FIXED: dict[str, dict[str, Callable[..., None]]] = {
     "Models": {"sites": sites, "doctor": doctor, "specimens": list_specimens},
-    "Results": {"open": open_saved, "rerun": rerun},
+    "Results": {"open": open_saved, "rerun": rerun, "circuit": choose_circuit, "convert": convert},
     "About": {"methods": list_methods, "version": version},
 }
 """Commands that are no methods, by the panel they are listed in."""

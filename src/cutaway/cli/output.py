@@ -80,10 +80,11 @@ def show_rows(rows: Sequence[Any], as_json: bool) -> None:
 def check_targets(out: Sequence[Path], overwrite: bool) -> None:
     """ResultError when one of the places to write to cannot take a result: known before the run, not after it."""
     from cutaway.core.result_file import OURS
+    from cutaway.results.graph import FOREIGN
     from cutaway.results.kind import WRITERS
 
     for path in out:
-        if path.suffix and path.suffix not in WRITERS:
+        if path.suffix and path.suffix not in WRITERS and not path.name.endswith(FOREIGN):
             hint = f"use one of {', '.join(WRITERS)}, or a name without a dot for a folder"
             raise ResultError(f"writing {str(path)!r}", f"there is no writer for {path.suffix!r}", hint)
         if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import networkx
     import pandas
 
+FOREIGN = (".circuit.json", ".attribution.json", ".pt")
+"""Endings of files in the formats of others: see ``cutaway.results.graph_formats``."""
 EDGES = 200  # more strokes than this hide each other
 GAP, RISE, PLATE = 14.0, 58.0, 17.0
 MARGIN = 2 * GAP  # edges may pass outside of all nodes
@@ -73,13 +76,22 @@ class Graph(Kind, kind="graph"):
         """The same graph for networkx: node and edge columns as attributes."""
         import networkx
 
-        graph = networkx.MultiDiGraph(title=self.title, unit=self.unit)
+        graph = networkx.MultiDiGraph(title=self.title, unit=self.unit, measure=self.measure, about=dict(self.about))
         for i, name in enumerate(self.nodes):
-            graph.add_node(name, **{key: each[i] for key, each in self.node_columns.items()})
+            height = {} if self.layer is None else {"layer": self.layer[i].item()}
+            graph.add_node(name, **height, **{key: each[i] for key, each in self.node_columns.items()})
         for i, (a, b) in enumerate(zip(self.source, self.target, strict=True)):
             more = {key: each[i] for key, each in self.edge_columns.items()}
             graph.add_edge(self.nodes[a], self.nodes[b], weight=float(self.weight[i]), **more)
         return graph
+
+    def write(self, path: str | Path, **options: Any) -> Path:
+        """As every result; the endings ``.circuit.json``, ``.pt`` and ``.attribution.json`` are formats of others."""
+        if Path(path).name.endswith(FOREIGN) and not options:
+            from cutaway.results.graph_formats import write_foreign
+
+            return write_foreign(self, Path(path))
+        return super().write(path, **options)
 
     def spec(self, edges: int = EDGES) -> drawing.Spec:
         """The strongest ``edges`` edges and the nodes they join: width is size, colour is sign."""
