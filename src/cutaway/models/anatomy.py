@@ -11,7 +11,7 @@ from torch import nn
 
 from cutaway.core.site import KINDS
 from cutaway.models.graph import Addend, LayerGraph
-from cutaway.models.intakes import mlp_intakes, value_intake
+from cutaway.models.intakes import experts_intake, mlp_intakes, value_intake
 from cutaway.models.plan import Attention, Intake, Layer, Step, Tap
 from cutaway.models.recorder import AttentionCall, Node
 
@@ -65,7 +65,7 @@ def read_layer(graph: LayerGraph) -> Layer:
             refused[kind] = f"{name} {why}"
     if isinstance(attention, str):
         refused |= dict.fromkeys((f"attn.{k}" for k in ("q", "k", "v", "scores", "pattern", "z")), attention)
-    intakes, activation, no_intake = _intakes(graph, calls, attention, w_out)
+    intakes, activation, no_intake = _intakes(graph, calls, attention, w_out, experts)
     expert_module = graph.root.get_submodule(experts) if experts else None
     if not experts:
         refused |= dict.fromkeys(
@@ -121,7 +121,7 @@ def _set(read: dict[str, Tap], write: dict[str, Tap], kind: str, reader: Tap | N
 
 
 def _intakes(
-    graph: LayerGraph, calls: list[AttentionCall], attention: Attention | str, w_out: str
+    graph: LayerGraph, calls: list[AttentionCall], attention: Attention | str, w_out: str, experts: str
 ) -> tuple[dict[str, Intake], tuple[Step, ...], dict[str, str]]:
     """How the layer takes the stream in, and why not where that is not told."""
     intakes: dict[str, Intake] = {}
@@ -132,6 +132,8 @@ def _intakes(
         why["v"] = value
     else:
         intakes["v"] = value
+    if experts:
+        intakes["experts"] = experts_intake(graph, experts)
     mlp = mlp_intakes(graph, graph.frames[w_out].inputs[0][1]) if w_out else "it has no single output matrix"
     if isinstance(mlp, str):
         why["mlp"] = mlp

@@ -35,6 +35,12 @@ def value_intake(graph: LayerGraph, calls: list[AttentionCall], kv_heads: int) -
     return _intake(graph, path, places[0, :, 0].flatten(), places.transpose(1, 2).flatten(2))
 
 
+def experts_intake(graph: LayerGraph, path: str) -> Intake:
+    """What a layer's experts take in; their matrices lie in the module itself."""
+    taken = next(n for _, n in graph.frames[path].inputs if n.tensor.is_floating_point())
+    return Intake(path, None, _norm(graph, taken))
+
+
 def mlp_intakes(graph: LayerGraph, act: Node) -> tuple[dict[str, Intake], tuple[Step, ...]] | str:
     """("up", and "gate" of gated forms; the steps from a pre-activation to its activation), or why they are unknown.
 

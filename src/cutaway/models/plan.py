@@ -103,7 +103,8 @@ class Layer:
         parallel: attention and MLP read the same state, so there is no resid_mid.
         d_model, d_mlp, n_experts, d_expert: sizes; 0 where there is none.
         refused: reason per site kind.
-        intakes: the matrices that make its values ("v", by kv head and channel) and pre-activations ("up", "gate").
+        intakes: the matrices that make its values ("v", by kv head and channel) and pre-activations ("up", "gate"), or
+            the module that holds those of its "experts".
         activation: steps from the gate's pre-activation, or that of an MLP without gate, to its activation.
         no_intake: reason per "v" / "mlp".
     """

@@ -9,7 +9,7 @@ Source: Yu and Ananiadou (2024), "Neuron-level knowledge attribution in large la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from cutaway.core.errors import UnsupportedError
 from cutaway.ops.norms import FrozenNorm, measure
 from cutaway.ops.watched import WatchedModel, rounding
 from cutaway.ops.writers import rows_of
+
+Activation = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Keys(NamedTuple):
@@ -81,20 +83,19 @@ class Reader:
 
 @dataclass(frozen=True)
 class MlpReaders:
-    """How an MLP makes its activations: ``f(up)``, or ``f(gate) * up``, of what two readers read.
+    """How an MLP, or one expert, makes its activations: ``f(up)``, or a product such as ``f(gate) * up``.
 
     Attributes:
         up, gate: the readers of the pre-activations; gate is None in an MLP without one.
         read_up, read_gate: [P, d_mlp] the pre-activations of the run, constants included.
-        function: modules and calls that are f. root: the model they belong to.
+        function: what makes activations [..., n] of pre-activations [..., n].
     """
 
     up: Reader
     gate: Reader | None
     read_up: Tensor
     read_gate: Tensor | None
-    function: Sequence[Any]
-    root: nn.Module
+    function: Activation
 
     @property
     def error(self) -> float:
@@ -103,27 +104,34 @@ class MlpReaders:
 
     def activation(self, up: Tensor, gate: Tensor | None) -> Tensor:
         """[..., n] activations of pre-activations [..., n]."""
-        f = up if gate is None else gate
         with torch.no_grad():
-            for step in self.function:
-                f = step.run(self.root, f)
-        return f.float() if gate is None else f.float() * up
+            return self.function(up, gate).float()
 
     def keys(self, index: Sequence[int], row: int) -> Keys:
         """The sub-keys of some neurons' activations m at one of the P positions: they share m out, exactly.
 
-        Without a gate a part that brings u_i to the pre-activation U gets ``m u_i / U``; with one, both factors of
-        which must be there, ``m (u_i / U + g_i / G) / 2``. What is divided by zero gets nothing.
+        Without a gate a part that brings u_i to the pre-activation U gets ``m u_i / U``. With one, both factors must be
+        there: it gets ``m (u_i / U + g_i / G) / 2``, with m / U the slope of the factor that is linear, so that a U
+        of zero is no exception. What is divided by a zero G, or a constant beside U, counts as constant.
         """
         at = torch.tensor(list(index), device=self.read_up.device)
         u = self.read_up[row, at]
         g = None if self.read_gate is None else self.read_gate[row, at]
         m = self.activation(u, g)
-        found = _scaled(self.up.keys(index, row), _over(m, u))
+        up = self.up.keys(index, row)
         if self.gate is None or g is None:
-            return found
-        other = _scaled(self.gate.keys(index, row), _over(m, g))
-        return Keys((found.vectors + other.vectors) / 2, (found.constant + other.constant) / 2)
+            slope = _over(m, u)
+            return Keys(up.vectors * slope[:, None], up.constant * slope + m - slope * u)
+        gate, by_up, by_gate = self.gate.keys(index, row), self._slope(u, g) / 2, _over(m, g) / 2
+        rest = m - by_up * u - by_gate * g
+        vectors = up.vectors * by_up[:, None] + gate.vectors * by_gate[:, None]
+        return Keys(vectors, up.constant * by_up + gate.constant * by_gate + rest)
+
+    def _slope(self, u: Tensor, g: Tensor) -> Tensor:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.function(u, g).float().sum(), u)
+        return slope
 
     def again(self, states: Tensor, index: Sequence[int]) -> Tensor:
         """[..., k] what some neurons' activations would be at other states [..., d]."""
@@ -151,7 +159,8 @@ def value_reader(model: WatchedModel, layer: int, x: Tensor, v: Tensor) -> Reade
     asked = f"how layer {layer} of {model.name} reads its values"
     if "v" not in plan.intakes:
         raise UnsupportedError(asked, plan.no_intake.get("v", "it did not run when the anatomy was read"), "")
-    reader, _, _ = _reader(model, plan.intakes["v"], x, asked)
+    weight, bias = _matrix(model, plan.intakes["v"])
+    reader, _, _ = _reader(model, weight, bias, plan.intakes["v"].norm, x, asked)
     return _checked(model, reader, [(reader(reader.states) + reader.constant, v.flatten(1))], asked)
 
 
@@ -172,30 +181,87 @@ def mlp_readers(model: WatchedModel, layer: int, x: Tensor, normed: Tensor, act:
     found: dict[str, tuple[Reader, Tensor]] = {}
     for name in ("up", "gate"):
         if name in plan.intakes:
-            reader, y, read = _reader(model, plan.intakes[name], x, asked)
+            weight, bias = _matrix(model, plan.intakes[name])
+            reader, y, read = _reader(model, weight, bias, plan.intakes[name].norm, x, asked)
             gaps = [(reader(reader.states) + reader.constant, read), (y, normed)]
             found[name] = _checked(model, reader, gaps, asked), read
-    up, read_up = found["up"]
-    gate, read_gate = found.get("gate", (None, None))
-    readers = MlpReaders(up, gate, read_up, read_gate, plan.activation, model.hf)
-    error = _gap(readers.activation(read_up, read_gate), act)
+
+    def function(up: Tensor, gate: Tensor | None) -> Tensor:
+        f = up if gate is None else gate
+        for step in plan.activation:
+            f = step.run(model.hf, f)
+        return f if gate is None else f * up
+
+    return _activating(model, found["up"], found.get("gate"), function, act, asked)
+
+
+def expert_readers(model: WatchedModel, layer: int, expert: int, x: Tensor, act: Tensor) -> MlpReaders:
+    """The same of one expert.
+
+    Args:
+        x: [P, d] the state that the experts read at positions that are routed to it. act: [P, d_expert] its neurons
+            there (``expert.act``), without the router's weight.
+    """
+    plan = model.layers[layer]
+    asked = f"how expert {expert} of layer {layer} of {model.name} reads its input"
+    if "experts" not in plan.intakes:
+        raise UnsupportedError(asked, "it has no experts that transformers' interface serves", "")
+    module: Any = model.hf.get_submodule(plan.experts)
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    weight = getattr(module, name)[expert].detach()
+    weight = weight.T if module.is_transposed else weight
+    bias = getattr(module, f"{name}_bias")[expert].detach() if module.has_bias else None
+    half, apart = len(weight) // 2, module.is_concatenated
+    sides = {"up": slice(None)}
+    if module.has_gate:
+        sides = {"gate": slice(half) if apart else slice(0, None, 2)}
+        sides["up"] = slice(half, None) if apart else slice(1, None, 2)
+    found = {}
+    for side, rows in sides.items():
+        part = None if bias is None else bias[rows]
+        reader, _, read = _reader(model, weight[rows], part, plan.intakes["experts"].norm, x, asked)
+        found[side] = _checked(model, reader, [(reader(reader.states) + reader.constant, read)], asked), read
+
+    def function(up: Tensor, gate: Tensor | None) -> Tensor:
+        if gate is None:
+            alone: Tensor = module.act_fn(up)
+            return alone
+        both = torch.cat([gate, up], -1) if apart else torch.stack([gate, up], -1).flatten(-2)
+        made: Tensor = module._apply_gate(both)
+        return made
+
+    return _activating(model, found["up"], found.get("gate"), function, act, asked)
+
+
+def _activating(
+    model: WatchedModel,
+    up: tuple[Reader, Tensor],
+    gate: tuple[Reader, Tensor] | None,
+    function: Activation,
+    act: Tensor,
+    asked: str,
+) -> MlpReaders:
+    """The readers, if ``function`` makes the run's own activations of what they read."""
+    readers = MlpReaders(up[0], gate[0] if gate else None, up[1], gate[1] if gate else None, function)
+    error = _gap(readers.activation(readers.read_up, readers.read_gate), act)
     if not error <= rounding(model.dtype):
-        found_ = f"its activation function, applied to what was read, misses the activations by {error:.2g} of them"
-        raise UnsupportedError(asked, found_, "")
+        found = f"its activation function, applied to what was read, misses the activations by {error:.2g} of them"
+        raise UnsupportedError(asked, found, "")
     return readers
 
 
-def _reader(model: WatchedModel, intake: Any, x: Tensor, asked: str) -> tuple[Reader, Tensor, Tensor]:
-    """The reader of an intake, unchecked; what its matrix takes in at ``x``, and [P, out] what it gives for that."""
-    weight, bias = _matrix(model, intake)
+def _reader(
+    model: WatchedModel, weight: Tensor, bias: Tensor | None, norm_path: str, x: Tensor, asked: str
+) -> tuple[Reader, Tensor, Tensor]:
+    """The reader of a matrix behind a norm, unchecked; what it takes in at ``x``, and [P, out] what it gives."""
     x = x.float()
     if weight.shape[1] != x.shape[1]:
         found = f"their matrix takes {weight.shape[1]} numbers and the stream has {x.shape[1]}"
         raise UnsupportedError(asked, found + ": more than a norm lies in between", "")
     constant = torch.zeros(len(weight), device=x.device) if bias is None else bias.float()
-    if not intake.norm:
+    if not norm_path:
         return Reader(weight, None, constant, x, 0.0), x, x @ weight.float().T + constant
-    module = model.hf.get_submodule(intake.norm)
+    module = model.hf.get_submodule(norm_path)
     with torch.no_grad():
         y = module(x.to(model.dtype)).float()
     norm = measure(module, x.shape[1], x.device, model.dtype, asked)
@@ -233,7 +299,3 @@ def _gap(a: Tensor, b: Tensor) -> float:
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, torch.zeros_like(a), a / b)
-
-
-def _scaled(keys: Keys, by: Tensor) -> Keys:
-    return Keys(keys.vectors * by[:, None], keys.constant * by)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +28,13 @@ from cutaway.core.trace import Trace
 from cutaway.ops.draws import WORTH
 from cutaway.ops.importance import Goal, top_elements
 from cutaway.ops.parts import Level, Parts, take_apart
-from cutaway.ops.readers import Keys, mlp_readers, value_reader, value_row
+from cutaway.ops.readers import Keys, MlpReaders, expert_readers, mlp_readers, value_reader, value_row
 from cutaway.ops.readout import Head
 from cutaway.ops.units import Unit
 from cutaway.ops.watched import WatchedModel
 
+Places = dict[tuple[int, str], dict[int, list[int]]]
+"""By layer and kind, by position: places of value neurons."""
 VALUE_LEVELS: dict[str, Level] = {"attn.z": "attention-neuron", "mlp.act": "neuron"}
 
 
@@ -112,6 +114,14 @@ class ValueNeurons:
         return found
 
     @property
+    def left_out(self) -> list[str]:
+        """A sentence per reason why some are left out."""
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for name, why in self.missing.items():
+            by_reason[why].append(name)
+        return [f"value neurons of {', '.join(names)} are left out: {why}" for why, names in by_reason.items()]
+
+    @property
     def constants(self) -> Tensor:
         """[n] what of each coefficient no part brought: biases, and the shift of the norm."""
         found = torch.zeros_like(self.coefficients)
@@ -146,7 +156,7 @@ def find_values(
         found.append(read_values(model, inputs, [best.units[i] for i in keep], best.scores[keep]))
     together = _joined(found)
     if not together.units:
-        why = "; ".join(f"{name}: {reason}" for name, reason in together.missing.items()) or "nothing raises the answer"
+        why = "; ".join(together.left_out) or "nothing raises the answer"
         raise UnsupportedError(f"value neurons of {model.name}", f"none can be read ({why})", "")
     return together
 
@@ -158,25 +168,23 @@ def read_values(model: WatchedModel, inputs: Inputs, units: Sequence[Unit], scor
         ParameterError: units that are neither attention neurons from a position nor FFN neurons.
     """
     last = len(inputs.real[0]) - 1
-    places: dict[tuple[int, bool], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    places: Places = defaultdict(lambda: defaultdict(list))
     for i, unit in enumerate(units):
         attention = unit.kind == "attn.z" and unit.inner >= 0 and unit.source >= 0
         if not attention and unit.kind not in ("mlp.act", "expert.act"):
             raise ParameterError(
                 f"value neuron '{unit}'", "it is none", "name 'L3.mlp.act[7]' or 'L3.attn.z[5/17] from 2'"
             )
-        places[unit.layer, not attention][unit.source if attention else last].append(i)
-    trace = model.trace(inputs, want=_wanted(model, places, units), stop=True)
+        places[unit.layer, unit.kind][unit.source if attention else last].append(i)
+    trace = model.trace(inputs, want=_wanted(model, places), stop=True)
     found: list[Read] = []
     missing: dict[str, str] = {}
-    for (layer, mlp), by_position in sorted(places.items()):
+    for (layer, kind), by_position in sorted(places.items()):
         try:
-            if mlp and any(units[i].kind == "expert.act" for i in by_position[last]):
-                raise UnsupportedError("", "what neurons of experts read is not understood", "")
-            read = _mlp if mlp else _attention
+            read = {"attn.z": _attention, "mlp.act": _mlp, "expert.act": _experts}[kind]
             found += read(model, layer, trace, by_position, units)
         except UnsupportedError as error:
-            missing[f"L{layer}.{'mlp.act' if mlp else 'attn.z'}"] = error.found
+            missing[f"L{layer}.{kind}"] = error.found
     return _kept(units, scores, found, missing)
 
 
@@ -211,20 +219,23 @@ def _moved(read: Read, members: tuple[int, ...]) -> Read:
     return Read(read.layer, read.position, read.mid, members, read.keys, read.state, read.again)
 
 
-def _wanted(
-    model: WatchedModel, places: dict[tuple[int, bool], dict[int, list[int]]], units: Sequence[Unit]
-) -> list[str]:
+def _wanted(model: WatchedModel, places: Places) -> list[str]:
     """The sites that show what the units read."""
     want = []
-    for (layer, mlp), by_position in places.items():
+    for (layer, kind), by_position in places.items():
         plan = model.layers[layer]
-        if not mlp:
-            want += [f"L{layer}.{kind}@{Items.of(sorted(by_position))}" for kind in ("resid_pre", "attn.v")]
-            want += [f"L{layer}.attn.pattern@-1"]
-        elif plan.has("mlp.act"):
-            state = "resid_pre" if plan.parallel else "resid_mid"
-            want += [f"L{layer}.{kind}@-1" for kind in (state, "mlp.in", "mlp.act") if plan.has(kind)]
+        if kind == "attn.z":
+            at = f"@{Items.of(sorted(by_position))}"
+            want += [f"L{layer}.{site}{at}" for site in ("resid_pre", "attn.v")] + [f"L{layer}.attn.pattern@-1"]
+        else:
+            inside = ("mlp.in", "mlp.act") if kind == "mlp.act" else ("expert.gate", "expert.act")
+            want += [f"L{layer}.{site}@-1" for site in (_state(plan), *inside) if plan.has(site)]
     return want
+
+
+def _state(plan: Any) -> str:
+    """The state that a layer's MLP reads."""
+    return "resid_mid" if plan.has("resid_mid") else "resid_pre"
 
 
 def _attention(
@@ -252,16 +263,42 @@ def _mlp(
     model: WatchedModel, layer: int, trace: Trace, by_position: dict[int, list[int]], units: Sequence[Unit]
 ) -> list[Read]:
     plan = model.layers[layer]
-    kinds = ("resid_pre" if plan.parallel else "resid_mid", "mlp.in", "mlp.act")
-    readers = mlp_readers(model, layer, *(trace[f"L{layer}.{kind}@-1"][0] for kind in kinds))
     ((position, members),) = by_position.items()
+    if not plan.has("mlp.in"):
+        raise UnsupportedError(f"the MLP of layer {layer}", plan.refused["mlp.in"], "")
+    kinds = (_state(plan), "mlp.in", "mlp.act")
+    readers = mlp_readers(model, layer, *(trace[f"L{layer}.{kind}@-1"][0] for kind in kinds))
     index = [units[i].number for i in members]
 
     def again(states: Tensor) -> Tensor:
         return readers.again(states, index)
 
     state = readers.up.states[0]
-    return [Read(layer, position, not plan.parallel, tuple(members), readers.keys(index, 0), state, again)]
+    return [Read(layer, position, plan.has("resid_mid"), tuple(members), readers.keys(index, 0), state, again)]
+
+
+def _experts(
+    model: WatchedModel, layer: int, trace: Trace, by_position: dict[int, list[int]], units: Sequence[Unit]
+) -> list[Read]:
+    """Expert by expert; the router's weight stays as it was."""
+    plan = model.layers[layer]
+    ((position, everyone),) = by_position.items()
+    x, gate, act = (trace[f"L{layer}.{kind}@-1"][0] for kind in (_state(plan), "expert.gate", "expert.act"))
+    found = []
+    for expert in sorted({units[i].number for i in everyone}):
+        members = [i for i in everyone if units[i].number == expert]
+        index, weight = [units[i].inner for i in members], float(gate[0, expert])
+        readers = expert_readers(model, layer, expert, x, act[:, expert])
+        keys = readers.keys(index, 0)
+
+        def again(
+            states: Tensor, readers: MlpReaders = readers, index: list[int] = index, weight: float = weight
+        ) -> Tensor:
+            return readers.again(states, index) * weight
+
+        scaled = Keys(keys.vectors * weight, keys.constant * weight)
+        found.append(Read(layer, position, plan.has("resid_mid"), tuple(members), scaled, readers.up.states[0], again))
+    return found
 
 
 class Totals(NamedTuple):

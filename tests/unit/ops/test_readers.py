@@ -6,7 +6,7 @@ import torch
 from cutaway.core.errors import UnsupportedError
 from cutaway.models.handle import Model
 from cutaway.models.tiny import tiny
-from cutaway.ops.readers import mlp_readers, value_reader, value_row
+from cutaway.ops.readers import expert_readers, mlp_readers, value_reader, value_row
 
 IDS = [5, 9, 6, 7, 8]
 NAMES = (
@@ -94,6 +94,32 @@ def test_the_two_factors_of_a_gate_share_equally():
     u, g = mlp.up_proj.weight[7] @ (plain * part), mlp.gate_proj.weight[7] @ (plain * part)
     whole_u, whole_g = mlp.up_proj.weight[7] @ normed[4], mlp.gate_proj.weight[7] @ normed[4]
     assert float(share) == pytest.approx(float((u / whole_u + g / whole_g) / 2), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MixtralForCausalLM",
+        "GptOssForCausalLM",  # gate and up interleaved, biases, one added to what comes up
+        "Qwen3MoeForCausalLM",
+        "GraniteMoeForCausalLM",
+    ],
+)
+def test_sub_keys_of_experts_share_their_activations_out(name):
+    model = Model(tiny(name).hf)
+    kinds = ("resid_mid", "expert.gate", "expert.act")
+    trace = model.trace([IDS], want=[f"L1.{kind}@-1" for kind in kinds])
+    x, gate, act = (trace[f"L1.{kind}@-1"][0] for kind in kinds)
+    routed = gate[0].nonzero().flatten().tolist()
+    assert routed
+    for expert in routed:
+        readers = expert_readers(model, 1, expert, x, act[:, expert])
+        assert readers.error < 1e-5
+        keys = readers.keys(range(8), 0)
+        torch.testing.assert_close(keys.vectors @ x[0] + keys.constant, act[0, expert, :8], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(readers.again(x, range(8))[0], act[0, expert, :8], rtol=1e-4, atol=1e-6)
+    with pytest.raises(UnsupportedError, match="misses the activations"):
+        expert_readers(model, 1, routed[0], x, act[:, routed[0]].flip(1))
 
 
 def test_bfloat16_holds_within_its_rounding():

@@ -51,7 +51,7 @@ class Flow(NamedTuple):
     added: float
     constants: float
     error: float
-    missing: dict[str, str]
+    left_out: list[str]
 
 
 @method(cites=("yu2025back", "yu2024neuron"), example={"prompt": "#5 #9 #6 #7 #8", "most": 5})
@@ -133,7 +133,7 @@ def _flow(model: Model, batch: Inputs, token: int, most: int) -> Flow:
     added, constants = float(neurons.scores.sum()), totals(parts, neurons).shared["constants"]
     asked_back = float(values[QUERY_ATTENTION:].nansum()) + constants
     error = max(abs(asked_back - added) / added, parts.identity_error)
-    return Flow(values, added, constants, error, neurons.missing)
+    return Flow(values, added, constants, error, neurons.left_out)
 
 
 def _notes(model: Model, tokens: Sequence[int], flows: Sequence[Flow]) -> Iterator[str]:
@@ -144,7 +144,7 @@ def _notes(model: Model, tokens: Sequence[int], flows: Sequence[Flow]) -> Iterat
             f"{model.decode(token).strip()!r}: value neurons add {flow.added:.4g} (attention {attention:.4g}, FFN "
             f"{ffn:.4g}), of which the embedding brought {embedding:.4g} and constants {flow.constants:.4g}"
         )
-        yield from (f"value neurons of {name} are left out: {why}" for name, why in flow.missing.items())
+        yield from flow.left_out
     if len(flows) == 2:
         both = torch.minimum(flows[0].values, flows[1].values).nan_to_num(-1.0)
         best = int(both.argmax())

@@ -132,8 +132,8 @@ def _values(
     scores = torch.tensor(ranking.scores[:most].tolist(), device=model.device)
     found = read_values(model, batch, [Unit.parse(item) for item in ranking.items[:most]], scores)
     if not found.units:
-        why = "; ".join(f"{name}: {reason}" for name, reason in found.missing.items())
-        raise UnsupportedError(f"the value neurons of the ranking in {model.name}", f"none can be read ({why})", "")
+        asked = f"the value neurons of the ranking in {model.name}"
+        raise UnsupportedError(asked, f"none can be read ({'; '.join(found.left_out)})", "")
     return found
 
 
@@ -222,5 +222,4 @@ def _notes(
     if "kind" in columns:
         n = columns["kind"].count("query only")
         notes.append(f"{n} of {len(scores)} are no value neurons themselves")
-    notes += [f"value neurons of {name} are left out: {why}" for name, why in values.missing.items()]
-    return notes
+    return notes + values.left_out

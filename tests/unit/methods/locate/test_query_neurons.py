@@ -26,6 +26,7 @@ NAMES = (
     "GPTNeoXForCausalLM",
     "BloomForCausalLM",
     "MixtralForCausalLM",
+    "GptOssForCausalLM",
 )
 
 
@@ -66,10 +67,9 @@ def test_parts_sum_to_what_value_neurons_add(name, level):
         ranking = [
             neuron_attribution(Model(tiny(name).hf), IDS, level=lv, draws=0) for lv in ("attention-neuron", "neuron")
         ]
-        if name != "MixtralForCausalLM":
-            worthy = sum(float(r.scores[r.scores > 1e-3 * r.scores.max()].sum()) for r in ranking)
-            constants = float(found.notes[0].rpartition("constants ")[2])
-            assert found.scores.sum() + constants == pytest.approx(worthy, rel=1e-3)
+        worthy = sum(float(r.scores[r.scores > 1e-3 * r.scores.max()].sum()) for r in ranking)
+        constants = float(found.notes[0].rpartition("constants ")[2])
+        assert found.scores.sum() + constants == pytest.approx(worthy, rel=1e-3)
 
 
 @torch.no_grad()
@@ -129,10 +129,12 @@ def test_removal_is_what_the_model_itself_gives_without_the_part(name, kind):
     assert found.columns["removal"][0] == pytest.approx(removal, rel=1e-3, abs=1e-6)
 
 
-def test_experts_are_query_neurons_but_no_value_neurons():
-    found = asked("MixtralForCausalLM", k=200)
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_neurons_of_experts_are_values_and_queries(name):
+    found = asked(name, k=200)
     assert any(item.startswith("L0.expert.act") for item in found.items)
-    assert not any("mlp.act" in text for text in found.columns["through"])
+    assert any("expert.act" in text for text in found.columns["through"])
+    assert not any("left out" in note for note in found.notes)
 
 
 def test_zeroing_them_hurts_more_than_random():
@@ -162,5 +164,5 @@ def test_refusals():
         query_neurons(model, IDS, ranking=neuron_attribution(model, IDS, level="head", draws=0))
     with pytest.raises(UnsupportedError, match="norms the sum"):
         query_neurons(Model(tiny("BartForCausalLM").hf), IDS)
-    with pytest.raises(UnsupportedError, match="none can be read"):
-        asked("MixtralForCausalLM", values="ffn")
+    with pytest.raises(UnsupportedError, match="more than a norm lies in between"):
+        asked("DeepseekV3ForCausalLM", values="attention")
