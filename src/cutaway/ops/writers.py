@@ -42,6 +42,11 @@ class Writer:
         """The transposed map of gradients."""
         return self.norm.pull(g) if self.norm is not None else g if self.factor == 1.0 else g * self.factor
 
+    def at(self, row: int) -> Writer:
+        """The writer of one of the R positions."""
+        norm = None if self.norm is None else FrozenNorm(self.norm.norm, self.norm.inverse[row : row + 1])
+        return Writer(self.factor, norm, self.constant[row : row + 1], self.error)
+
 
 def rows_of(model: WatchedModel, path: str) -> tuple[Tensor, Tensor | None]:
     """([in, d] what each input of a linear module writes, [d] its bias)."""
