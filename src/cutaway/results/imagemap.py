@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PNG_HEAD, SIZE_AT = b"\x89PNG\r\n\x1a\n", slice(16, 24)
 WIDEST, TALLEST, ACROSS = 280, 320, 3
+LARGEST = 1024  # pixels across of the picture that is kept of an image
 EDGES = ("left", "top", "right", "bottom")
 VEIL = (0.0, 0.75)  # opacity of the weakest and of the strongest patch
 
@@ -36,6 +37,7 @@ class ImageMap(Kind, kind="imagemap"):
         boxes: pixel edges (left, top, right, bottom) of each patch [row, column, edge]; an even grid when absent.
         measure: what a score is; scale: "diverging" or "sequential".
         figures: numbers about the maps as a whole, by name.
+        pixels: width and height of the image that boxes are given in, where the PNG is a smaller picture of it.
     """
 
     image: Array = field(metadata=over("byte"))
@@ -44,6 +46,7 @@ class ImageMap(Kind, kind="imagemap"):
     measure: str = "score"
     scale: str = "diverging"
     figures: dict[str, float] = field(default_factory=dict)
+    pixels: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.image, bytes):
@@ -52,7 +55,8 @@ class ImageMap(Kind, kind="imagemap"):
             object.__setattr__(self, "values", self.values[None] if hasattr(self.values, "ndim") else [self.values])
         if self.boxes is None:
             rows, cols = np.shape(self.values)[-2:]
-            object.__setattr__(self, "boxes", even_boxes(rows, cols, *png_size(bytes(np.asarray(self.image)))))
+            size = self.pixels or png_size(bytes(np.asarray(self.image)))
+            object.__setattr__(self, "boxes", even_boxes(rows, cols, *size))
         super().__post_init__()
         png_size(self.image.tobytes())
         if self.scale not in ("diverging", "sequential"):
@@ -63,13 +67,15 @@ class ImageMap(Kind, kind="imagemap"):
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the image in pixels."""
-        return png_size(self.image.tobytes())
+        return self.pixels or png_size(self.image.tobytes())
 
     @staticmethod
     def png(image: Image) -> np.ndarray:
-        """The bytes of a Pillow image as a PNG file, uint8 [byte]."""
+        """The bytes of a Pillow image as a PNG file, uint8 [byte]; a large one is made smaller: give ``pixels``."""
         buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="PNG")
+        small = image.convert("RGB")
+        small.thumbnail((LARGEST, LARGEST))
+        small.save(buffer, format="PNG")
         return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
 
     def table(self) -> pandas.DataFrame:

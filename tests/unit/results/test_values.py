@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cutaway.core.errors import ResultError
 from cutaway.results import Graph, Grid, ImageMap, Pattern, Ranking, Readout, Result, Series, Table
+from cutaway.results.imagemap import png_size
 from cutaway.results.page import proof_spec
 from tests.unit.results.examples import EXAMPLES, PROOF, png
 
@@ -68,6 +70,17 @@ def test_image_map_boxes_cover_the_image() -> None:
     assert image.values.shape == (1, 2, 3)
     assert image.boxes[0, 0].tolist() == [0, 0, 2, 2]
     assert image.boxes[1, 2].tolist() == [4, 2, 6, 4]
+
+
+def test_a_large_photo_is_kept_small_and_boxes_stay_in_its_own_pixels() -> None:
+    photo = Image.new("RGB", (4000, 3000))
+    image = ImageMap(image=ImageMap.png(photo), values=np.zeros((3, 4)), pixels=photo.size)
+    assert png_size(image.image.tobytes()) == (1024, 768)
+    assert image.size == (4000, 3000)
+    assert image.boxes[2, 3].tolist() == [3000, 2000, 4000, 3000]
+    assert photo.size == (4000, 3000)
+    x = image.spec()["concat"][0]["layer"][0]["encoding"]["x"]
+    assert x["scale"]["domain"] == [0, 4000]
 
 
 def test_maps_say_how_they_agree() -> None:

@@ -102,6 +102,7 @@ def image_patches(
     result = ImageMap(
         title=f"patches of the image that bring {_words(model, token, versus)} in {model.name}",
         image=ImageMap.png(picture),
+        pixels=(picture.width, picture.height),
         values=laid,
         boxes=boxes,
         labels={"map": tuple(maps)},
