@@ -24,7 +24,7 @@ def test_neuron_attribution_on_town(level):
 def test_zeroing_by_this_score_costs_more_than_by_others():
     """A small run of benchmarks/repro/neuron_attribution.py; log p of the neuron alone is as good on this model."""
     model = load("town")
-    rows = protocol.table(model, protocol.questions(model, count=24))
+    rows = protocol.table(protocol.left(model, protocol.questions(model, count=24)), 24)
     left = {name: row["probability"] for name, row in rows.items()}
     ours = left.pop(protocol.OURS)
     for name in [name for name in left if name[:2] in ("c ", "d ", "e ", "f ", "g ", "h ")]:

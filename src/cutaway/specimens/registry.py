@@ -70,15 +70,15 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(found.parent.name for found in HERE.glob(f"*/{CARD}")))
 
 
-def card(name: str, where: Path = HERE) -> Card:
-    """The card of a specimen; ``where`` is the folder of another set of them.
+def card(name: str, where: Path | None = None) -> Card:
+    """The card of a specimen; ``where`` is the folder of another set of specimens.
 
     Raises:
         LoadError: no specimen has this name; the nearest names are given.
         WeightsError: its card cannot be read.
     """
     try:
-        return Card(**json.loads((where / _folder(name).name / CARD).read_text(encoding="utf-8")))
+        return Card(**json.loads(((where or HERE) / _folder(name).name / CARD).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
         raise WeightsError(f"specimen '{name}'", f"its card is damaged ({error})", _REINSTALL) from error
 
