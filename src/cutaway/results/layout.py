@@ -10,6 +10,8 @@ import numpy as np
 from cutaway.core.errors import ResultError
 
 SWEEPS = 12
+SHIFTED = 0.8  # of the room beside it, at most, an edge is moved
+TURNED = 0.7  # of the way to the next row, an edge has turned into its gap
 
 
 def ranks(count: int, source: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -40,19 +42,28 @@ class Layout:
     width: float
     gap: float
 
-    def path(self, a: int, b: int) -> list[tuple[float, float]]:
-        """Control points (x, row) of the edge from node ``a`` to node ``b``; it passes between the nodes on its way."""
+    def path(self, a: int, b: int, beside: float = 0.0) -> list[tuple[float, float]]:
+        """Control points (x, row) of the edge from node ``a`` to node ``b``; it passes between the nodes on its way.
+
+        ``beside`` moves it within the gap that it takes, so that edges through one gap can be told apart.
+        """
         xa, xb, low, high = float(self.x[a]), float(self.x[b]), float(self.row[a]), float(self.row[b])
         if low == high:  # an arc above the row
             return [(xa, low), (xa, low + 0.5), (xb, low + 0.5), (xb, high)]
-        half = 0.5 if high > low else -0.5
+        step = 1 if high > low else -1
         between = (self.row > min(low, high)) & (self.row < max(low, high))
         channel = self._channel(xa, xb, between)
         if channel is None:
             bend = (low + high) / 2
             return [(xa, low), (xa, bend), (xb, bend), (xb, high)]
-        turns = [(xa, low + half), (channel, low + half), (channel, high - half), (xb, high - half)]
-        return [(xa, low), *turns, (xb, high)]
+        if channel not in (xa, xb):
+            room = float((np.abs(self.x[between] - channel) - self.widths[between] / 2).min()) * SHIFTED
+            channel += min(max(beside, -room), room)
+        # Points close behind the turns and at every row keep the curve in its gap: with fewer it cuts corners.
+        rows = [float(row) for row in range(round(low) + step, round(high), step)]
+        near, soon = step / 2, step * TURNED
+        along = [(channel, row) for row in (low + near, low + soon, *rows, high - soon, high - near)]
+        return [(xa, low), (xa, low + step / 2), *along, (xb, high - step / 2), (xb, high)]
 
     def _channel(self, xa: float, xb: float, between: np.ndarray) -> float | None:
         """The x nearest to both ends where no node of the rows ``between`` stands; None when nothing is between."""

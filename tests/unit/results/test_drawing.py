@@ -10,6 +10,7 @@ import vl_convert
 
 from cutaway.core.errors import ResultError
 from cutaway.results import Graph, Grid, ImageMap, Pattern, Ranking, Readout, Series, Table, drawing
+from cutaway.results.graph import GAP, PLATE, RISE
 from cutaway.results.layout import layered, ranks
 from cutaway.results.telling import pictures
 from tests.unit.results.examples import png
@@ -163,6 +164,45 @@ def test_edges_pass_between_the_nodes_on_their_way() -> None:
                 assert abs(channel - drawn.x[other]) >= 20.0
     beside = drawn.path(1, 2)
     assert max(level for _, level in beside) > 1.0
+
+
+def curve(points: list[tuple[float, float]]) -> np.ndarray:
+    """[n, 2] places along the B-spline that the picture draws through control points."""
+    ends = [points[0]] * 2 + points + [points[-1]] * 2
+    t = np.linspace(0, 1, 20)[:, None]
+    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]) / 6
+    return np.concatenate([(weights * np.array(ends[i : i + 4])[:, None]).sum(0) for i in range(len(ends) - 3)])
+
+
+def test_no_edge_of_two_hundred_runs_behind_a_node() -> None:
+    rng = np.random.default_rng(1)
+    height = np.repeat(np.arange(12), 6)
+    widths = rng.uniform(60, 90, size=len(height))
+    links = [(int(a), int(b)) for a, b in rng.integers(0, len(height), (420, 2)) if height[a] < height[b]][:200]
+    drawn = layered(height, links, widths, gap=GAP)
+    tall = PLATE / 2 / RISE
+    for n, (a, b) in enumerate(links):
+        x, row = curve(drawn.path(a, b, beside=(n % 5 - 2) * GAP / 10)).T
+        for other in set(range(len(height))) - {a, b}:
+            inside = (np.abs(row - drawn.row[other]) < tall) & (np.abs(x - drawn.x[other]) < widths[other] / 2)
+            assert not inside.any(), (a, b, other)
+
+
+def test_shared_keys_are_tied_to_the_heads_that_use_them() -> None:
+    nodes = ["embed", "L0.attn.k[0]", "L0.attn.z[0]", "L0.attn.z[1]", "logits"]
+    graph = Graph(
+        nodes=nodes,
+        source=[0, 2, 3],
+        target=[1, 4, 4],
+        weight=[1.0, 2.0, 3.0],
+        layer=[0, 1, 2, 2, 3],
+        edge_columns={"into": ["k", "", ""]},
+        about={"heads": (2,), "kv_heads": (1,)},
+    )
+    rows = graph.spec()["data"]["values"]
+    assert sum(row["part"] == "tie" for row in rows) == 2
+    assert {row["into"] for row in rows if row["part"] == "edge"} == {"k", ""}
+    assert not any(row["part"] == "tie" for row in graph.replace(about={}).spec()["data"]["values"])
 
 
 def test_a_graph_draws_its_strongest_edges_and_says_so() -> None:

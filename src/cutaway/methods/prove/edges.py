@@ -112,7 +112,7 @@ def edges(
         weight=scores,
         layer=wiring.heights,
         edge_columns=columns,
-        measure="change of the metric when the edge is corrupted",
+        measure="effect of corrupting the edge",
         unit=pairs.measure.unit,
         about=about(model, pairs, wiring),
         check=_check(found, model),
