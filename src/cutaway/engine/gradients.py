@@ -25,7 +25,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from cutaway.core.errors import InputError, SiteMissingError
+from cutaway.core.errors import InputError, ParameterError, SiteMissingError
 from cutaway.core.inputs import Inputs
 from cutaway.core.metric import Metric
 from cutaway.core.site import Items, Site, SiteLike
@@ -82,6 +82,9 @@ class Run:
     def gradients(self, metric: Metric, keep: bool = False) -> dict[Site, Tensor]:
         """{site: gradient} of the metric's sum over rows at every wanted site; ``keep`` the graph to ask again."""
         of = self.metric(metric).sum()
+        if not of.requires_grad:
+            found = "it counts, so that it has no gradient"
+            raise ParameterError(f"metric '{metric}'", found, "use logit_diff, logit, logprob or loss")
         return self._watch.gradients(of, keep or self._branches is not None)
 
     def pull(self, site: Site, gradient: Tensor) -> Tensor:
@@ -116,19 +119,43 @@ def differentiable(
     Raises:
         InputError: a site did not run. SiteError: it is not there.
     """
+    kept = Branches(model) if branches else None
+    with frozen(model.hf), torch.enable_grad():
+        with kept.listening() if kept is not None else nullcontext():
+            run = _run(model, inputs, want, do, kept, attached=True)
+        yield run
+
+
+@torch.no_grad()
+def observe(
+    model: Model,
+    inputs: Inputs,
+    want: SiteLike | Iterable[SiteLike],
+    do: InterventionLike | Iterable[InterventionLike] = (),
+) -> Run:
+    """The same without a graph: values at sites, and metrics for which only what they read is unembedded."""
+    return _run(model, inputs, want, do, None, attached=False)
+
+
+def _run(
+    model: Model,
+    inputs: Inputs,
+    want: SiteLike | Iterable[SiteLike],
+    do: InterventionLike | Iterable[InterventionLike],
+    kept: Branches | None,
+    *,
+    attached: bool,
+) -> Run:
     anatomy = model.anatomy(inputs)
     sites = list(dict.fromkeys(model.expand(want, inputs)))
     states = bool(anatomy.tail) and "readout" not in anatomy.refused and all(s.kind != "final_norm" for s in sites)
     end = Site("resid_post", Items.of(model.n_layers - 1))
-    kept = Branches(model) if branches else None
-    with frozen(model.hf), torch.enable_grad():
-        with kept.listening() if kept is not None else nullcontext():
-            both = dict.fromkeys([*sites, *([end] if states else [])])
-            watch, logits = model.watched(inputs, both, do, attached=True, stop=states)
-        missing = next((s for s in both if s not in watch.values), None)
-        if missing is not None:
-            raise InputError(f"site '{missing}'", "it did not run in this pass", "name another site")
-        found = watch.values[end] if states else logits
-        if found is None:
-            raise SiteMissingError("logits", "the model returned none", "")
-        yield Run(model, inputs, watch, found, states, kept)
+    both = dict.fromkeys([*sites, *([end] if states else [])])
+    watch, logits = model.watched(inputs, both, do, attached=attached, stop=states)
+    missing = next((s for s in both if s not in watch.values), None)
+    if missing is not None:
+        raise InputError(f"site '{missing}'", "it did not run in this pass", "name another site")
+    found = watch.values[end] if states else logits
+    if found is None:
+        raise SiteMissingError("logits", "the model returned none", "")
+    return Run(model, inputs, watch, found, states, kept)

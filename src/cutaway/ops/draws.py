@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from cutaway.ops.watched import WatchedModel
 
 WORTH = 1e-3  # of the best score: what adds less is not among those that a proof takes away
 ROOM = 3  # components that there must be for each that is named
+NAMED, WORTH = 10, 0.01  # most items that a proof of a grid names, and the part of the best score that is worth it
 
 
 @dataclass(frozen=True)
@@ -186,3 +187,54 @@ def proof_of(
         unit=measures[1],
         matched=matched,
     )
+
+
+def others(named: Sequence[int], groups: Sequence[int], generator: torch.Generator) -> list[int]:
+    """As many items as are named, none of them among those, of the same groups where those have others left.
+
+    Items are numbers into ``groups``; there must be at least twice as many as are named.
+    """
+    free: dict[int, list[int]] = defaultdict(list)
+    for item in sorted(set(range(len(groups))) - set(named)):
+        free[groups[item]].append(item)
+    drawn: list[int] = []
+    for item in named:
+        alike = free[groups[item]] or [each for group in free.values() for each in group]
+        drawn.append(alike[int(torch.randint(len(alike), (), generator=generator))])
+        free[groups[drawn[-1]]].remove(drawn[-1])
+    return drawn
+
+
+def prove_sets(
+    effect: Callable[[list[list[int]]], torch.Tensor],
+    scores: torch.Tensor,
+    groups: Sequence[int],
+    n_draws: int,
+    seed: int,
+    **said: str,
+) -> Proof | None:
+    """The effect of the items that score highest, together, against random others of their groups.
+
+    Args:
+        effect: [set] the effect of each set of items, larger for stronger. scores: [item]; NaN for what is no item.
+        groups: [item] what random items are matched by. said: the words of the proof.
+
+    Returns:
+        None where no item scores above 0, or there are too few others.
+    """
+    there = [i for i, score in enumerate(scores.tolist()) if score == score]
+    top = sorted(there, key=lambda i: -float(scores[i]))[: min(NAMED, len(there) // ROOM)]
+    best = float(scores[top[0]]) if top else 0.0
+    named = [i for i in top if float(scores[i]) > max(0.0, WORTH * best)]
+    if not named or n_draws == 0:
+        return None
+    where = {item: n for n, item in enumerate(there)}
+    own = [groups[i] for i in there]
+    generator = torch.Generator().manual_seed(seed)
+    ks = sizes(len(named))
+    random = [
+        [there[n] for n in others([where[i] for i in named[:k]], own, generator)] for _ in range(n_draws) for k in ks
+    ]
+    found = effect([named[:k] for k in ks] + random).double()
+    n = len(ks)
+    return Proof(ks=tuple(ks), effect=found[:n].numpy(), random=found[n:].view(n_draws, n).numpy(), **said)

@@ -1,0 +1,141 @@
+"""Attribution patching and patching of heads against bare forward passes of GPT-2 small's shape, one thread.
+
+Estimates: all heads and all neurons at once, against one bare Hugging Face forward pass; "gradients" is one forward and
+one backward pass for all of them, "estimates" adds the run that gives, "method" is the whole of it without a proof
+(verification of ten cells and the check included). Truth: rank correlation of estimates with exact patching on small
+trained and wired models. Heads: a sweep over all 12 x 12 heads against one bare forward pass per head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.harness import interleaved, keep, medians, ratio
+from benchmarks.speed.sweeps import gpt2, head_cells, loop, prompts
+from cutaway import catalog
+from cutaway.core.metric import Metric
+from cutaway.engine.estimate import estimate
+from cutaway.engine.gradients import differentiable
+from cutaway.engine.patching import Exchange
+from cutaway.models.handle import Model
+from cutaway.models.load import load
+from cutaway.ops.stats import rank_correlation
+
+METRIC = Metric("logit_diff", (11, 22))
+SITES = "L*.attn.z, L*.mlp.act"
+PAIRS = {
+    "town": ("Ada Reed lives in", "Ada Stone lives in"),
+    "circuit-induction": ("f m d k b i k", "f m k d b i k"),
+    "circuit-ioi": (
+        "When Ada and Bea went home , Bea gave a drink to",
+        "When Ada and Bea went home , Ada gave a drink to",
+    ),
+}
+KINDS = (("resid_pre", "position"), ("attn.z", "head"), ("attn.q", "head"), ("attn.v", "head"), ("mlp.act", "neurons"))
+
+
+def estimates(length: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a bare forward pass, and of estimates as multiples of it."""
+    model = Model(gpt2())
+    base, other = map(model.inputs, prompts(length))
+    exchange = Exchange.of(model, other, base, METRIC, "clean->corrupt")
+    sites = model.expand(SITES)
+
+    def bare() -> None:
+        with torch.no_grad():
+            model.hf(**base.kwargs(model.device), use_cache=False)
+
+    def gradients() -> None:
+        with differentiable(model, exchange.receiver, sites) as run:
+            run.gradients(METRIC)
+
+    def method(**more: Any) -> None:
+        catalog.run("attribution_patching", model, clean=other, corrupt=base, metric=METRIC, draws=0, **more)
+
+    candidates = {
+        "bare": bare,
+        "gradients of all heads and neurons": gradients,
+        "estimates of all heads and neurons": lambda: estimate(model, exchange, sites),
+        "estimates of all heads and neurons, 5 steps": lambda: estimate(model, exchange, sites, 5),
+        "method, every head": lambda: method(kind="attn.z", by="head"),
+        "method, every neuron": lambda: method(kind="mlp.act", by="neurons", blocks=3072),
+    }
+    seconds = interleaved(candidates, rounds)
+    return {
+        "bare_seconds": medians(seconds)["bare"],
+        "rounds": rounds,
+        "forwards": {name: ratio(seconds, name, "bare") for name in candidates if name != "bare"},
+    }
+
+
+def truth() -> dict[str, Any]:
+    """Rank correlation of the estimates of all cells with exact patching, and the largest error, as recovery."""
+    found: dict[str, Any] = {}
+    for name, (clean, corrupt) in PAIRS.items():
+        model = load(name)
+        metric = Exchange.of(model, clean, corrupt, None, "clean->corrupt").metric
+        given = {"clean": clean, "corrupt": corrupt, "metric": metric}
+        for kind, by in KINDS:
+            exact = torch.from_numpy(catalog.run("patch", model, kind=kind, by=by, **given).values.copy())
+            if float(exact.abs().max()) < 1e-3:
+                continue
+            for steps in (1, 5, 10):
+                grid = catalog.run(
+                    "attribution_patching", model, kind=kind, by=by, steps=steps, draws=0, verify=0, **given
+                )
+                values = torch.from_numpy(grid.values.copy())
+                found[f"{name}, {kind} by {by}, {steps} step{'s'[: steps > 1]}"] = {
+                    "rank_correlation": rank_correlation(values, exact),
+                    "largest_error": float((values - exact).abs().max()),
+                }
+    return found
+
+
+def heads(length: int, rounds: int) -> dict[str, Any]:
+    """The sweep over every head, against one bare pass with one hook per head."""
+    model = Model(gpt2())
+    base, other = map(model.inputs, prompts(length))
+    cells = head_cells(model, base, other)
+
+    def sweep() -> None:
+        catalog.run("patch", model, clean=other, corrupt=base, metric=METRIC, kind="attn.z", by="head")
+
+    seconds = interleaved({"loop": lambda: loop(model.hf, base, cells), "patch": sweep}, rounds)
+    return {
+        "heads": len(cells),
+        "rounds": rounds,
+        "median_seconds": medians(seconds),
+        "times_faster": ratio(seconds, "loop", "patch"),
+    }
+
+
+def main() -> None:
+    """Measure what is asked for and keep it, next to what was measured before."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", help="run the parts whose name holds this")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    parts = {
+        "estimates T=16": lambda: estimates(16, options.rounds),
+        "estimates T=64": lambda: estimates(64, options.rounds),
+        "truth": truth,
+        "heads T=16": lambda: heads(16, options.rounds),
+    }
+    figures = {}
+    for name, measure in parts.items():
+        if options.only is None or options.only in name:
+            figures[name] = measure()
+            print(name, figures[name], flush=True)
+            keep("patching" if options.only is None else "patching-some", figures, __doc__ or "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What patching sweeps share: two prompts of one length, which run gives and which receives, and the cells patched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cutaway.core.errors import InputError, ParameterError, SiteMissingError
+from cutaway.core.inputs import Inputs, require_same_length
+from cutaway.core.intervention import Set
+from cutaway.core.metric import Metric
+from cutaway.core.site import Items, Site
+from cutaway.models.handle import Model
+
+Direction = Literal["clean->corrupt", "corrupt->clean"]
+Kind = Literal[
+    "resid_pre", "attn.q", "attn.k", "attn.v", "attn.z", "attn.out", "resid_mid", "mlp.act", "mlp.out", "resid_post"
+]
+HEADED = ("attn.q", "attn.k", "attn.v", "attn.z")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A run that gives activations and a run that receives them.
+
+    Attributes:
+        giver, receiver: inputs as they run (``metric.prepare``). prompt: the receiver's as they were given.
+        metric: what is measured in the run that receives.
+    """
+
+    giver: Inputs
+    receiver: Inputs
+    prompt: Inputs
+    metric: Metric
+
+    @staticmethod
+    def of(
+        model: Model,
+        clean: Any,
+        corrupt: Any,
+        metric: Metric | None,
+        direction: Direction,
+        images: tuple[Any, Any] = (None, None),
+    ) -> Exchange:
+        """The exchange between two prompts; without a metric, the logit difference of their two answers.
+
+        Images are of the clean and of the corrupt prompt; the clean one serves both when it is alone. ``kl`` without
+        a reference compares with the run that gives.
+
+        Raises:
+            MismatchError: prompts of different token length, naming the tokens. InputError: several prompts.
+            ParameterError: no metric, and both prompts have one answer.
+        """
+        pictures = (images[0], images[1] if images[1] is not None else images[0])
+        runs = tuple(model.inputs(p, image) for p, image in zip((clean, corrupt), pictures, strict=True))
+        if len(runs[0]) != 1 or len(runs[1]) != 1:
+            raise InputError("patch", f"{len(runs[0])} and {len(runs[1])} prompts", "give one pair per call")
+        require_same_length(*runs)
+        chosen = answers_apart(model, *runs) if metric is None else metric
+        prompt = runs[1] if direction == "clean->corrupt" else runs[0]
+        giver, receiver = (chosen.prepare(run) for run in (runs if direction == "clean->corrupt" else runs[::-1]))
+        if chosen.form == "kl" and chosen.reference is None:
+            chosen = chosen.against(model(giver)[torch.arange(len(giver))[:, None], torch.tensor(chosen.reads(giver))])
+        return Exchange(giver, receiver, prompt, chosen)
+
+    def scored(self, logits: Tensor | None, inputs: Inputs) -> float:
+        """The metric of whole logits of one of the runs."""
+        if logits is None:
+            raise SiteMissingError("logits", "the run stopped before them", "run it to the end")
+        return float(self.metric(logits, inputs)[0])
+
+
+def answers_apart(model: Model, clean: Inputs, corrupt: Inputs) -> Metric:
+    """The logit difference of the two prompts' own answers."""
+    first, second = (int(model(run)[0, run.last[0]].argmax()) for run in (clean, corrupt))
+    if first == second:
+        found = f"both prompts are answered with {model.decode(first)!r}"
+        raise ParameterError("metric", found, "name one, as 'logit_diff: A, B', or choose prompts that differ in it")
+    return Metric("logit_diff", (first, second), words=(model.decode(first), model.decode(second)))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of a sweep.
+
+    Attributes:
+        rows: concrete sites [layer][cell]. axis: name of the second axis. labels: of its cells.
+        places: padded positions that cells cover; one each where the axis is "position".
+        widths: heads or neurons per cell; empty where the axis is "position".
+    """
+
+    rows: list[list[Site]]
+    axis: str
+    labels: tuple[str | int, ...]
+    places: tuple[int, ...]
+    widths: tuple[int, ...] = ()
+
+    @property
+    def flat(self) -> list[Site]:
+        """All cells, layer by layer."""
+        return [cell for row in self.rows for cell in row]
+
+    @property
+    def sites(self) -> list[Site]:
+        """The whole tensors that they are part of, one per layer."""
+        return [row[0].whole() for row in self.rows]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers of the rows."""
+        return tuple(row[0].layer for row in self.rows)
+
+    @staticmethod
+    def of(
+        model: Model,
+        kind: str,
+        by: str,
+        layers: Sequence[int] | None,
+        positions: Items | str,
+        blocks: int,
+        inputs: Inputs,
+    ) -> Cells:
+        """One cell per position, per head (at all ``positions``) or per block of neurons, in every layer.
+
+        Raises:
+            ParameterError: ``by`` does not fit the kind, or layers differ in size. SiteError: what is not there.
+        """
+        anatomy = model.anatomy(inputs)
+        have = [i for i, layer in enumerate(anatomy.stacks[""]) if layer.has(kind)]
+        if not have or (layers is not None and any(i not in have for i in layers)):
+            model.expand(Site(kind, None if layers is None else Items.of(layers)), inputs)
+        whole = [Site(kind, Items.of(i)) for i in (have if layers is None else layers)]
+        real = inputs.real[0]
+        padded = tuple(inputs.select(positions, "positions")[0])
+        places = [real.index(p) for p in padded]
+        if by == "position":
+            tokens = tuple(inputs.tokens[0][p] for p in padded)
+            return Cells([[site.at(positions=p) for p in places] for site in whole], "position", tokens, padded)
+        where = None if positions == "all" else Items.of(places)
+        needs = HEADED if by == "head" else ("mlp.act",)
+        if kind not in needs:
+            found, hint = "that kind has none", f"choose kind {' or '.join(needs)}"
+            raise ParameterError(f"by={by!r} with kind={kind!r}", found, hint)
+        sizes = {site.layer: anatomy.size(site) for site in whole}
+        if len(set(sizes.values())) > 1:
+            found = f"they have {[*sizes.values()]}"
+            raise ParameterError(f"by={by!r} over layers {[*sizes]}", found, "name layers alike")
+        size = next(iter(sizes.values()))
+        if by == "head":
+            rows = [[site.at(index=h, positions=where) for h in range(size)] for site in whole]
+            return Cells(rows, "head", tuple(range(size)), padded, (1,) * size)
+        edges = [round(i * size / min(blocks, size)) for i in range(min(blocks, size) + 1)]
+        spans = list(pairwise(edges))
+        names = tuple(f"{a}-{b - 1}" for a, b in spans)
+        rows = [[site.at(index=range(a, b), positions=where) for a, b in spans] for site in whole]
+        return Cells(rows, "neurons", names, padded, tuple(b - a for a, b in spans))
+
+    def sums(self, terms: Mapping[Site, Tensor]) -> Tensor:
+        """[layer, cell] the sum over each cell of terms {whole site: [1, pos, ...]}, in float64."""
+        at = torch.tensor(self.places)
+        found = []
+        for site in self.sites:
+            x = terms[site][0, at.to(terms[site].device)].double()
+            if not self.widths:
+                found.append(x.flatten(1).sum(1))
+                continue
+            by_unit = x.sum(0) if x.ndim == 2 else x.sum((0, 2))
+            whole = len(self.widths) == len(by_unit)
+            found.append(by_unit if whole else torch.stack([part.sum() for part in by_unit.split(list(self.widths))]))
+        return torch.stack(found).cpu()
+
+    def patches(self, source: Mapping[Site, Tensor], giver: Inputs, cells: Sequence[Site] | None = None) -> list[Set]:
+        """Every cell (or those given) set to what the giving run has there."""
+        return [Set(cell, part(source[cell.whole()], cell, giver)) for cell in (self.flat if cells is None else cells)]
+
+
+def part(x: Tensor, cell: Site, inputs: Inputs) -> Tensor:
+    """What ``cell`` names of the whole tensor [1, pos, ...] of its site."""
+    if cell.positions is not None:
+        x = x[:, inputs.select(cell.positions, f"site '{cell}'")[0]]
+    if cell.index is not None:
+        x = x.index_select(2, torch.tensor(cell.index.resolve(x.shape[2], "index", f"site '{cell}'"), device=x.device))
+    return x
