@@ -3,22 +3,26 @@
 Estimates: all heads and all neurons at once, against one bare Hugging Face forward pass; "gradients" is one forward and
 one backward pass for all of them, "estimates" adds the run that gives, "method" is the whole of it without a proof
 (verification of ten cells and the check included). Truth: rank correlation of estimates with exact patching on small
-trained and wired models. Heads: a sweep over all 12 x 12 heads against one bare forward pass per head.
+trained and wired models. Heads: a sweep over all 12 x 12 heads against one bare
+forward pass per head. Paths: all heads to the queries of one head, against the three forward passes per pair that the
+procedure takes when pairs run one by one, and against one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import interleaved, keep, medians, ratio
-from benchmarks.speed.sweeps import gpt2, head_cells, loop, prompts
+from benchmarks.speed.sweeps import gpt2, head_cells, loop, prompts, put
 from cutaway import catalog
 from cutaway.core.metric import Metric
 from cutaway.engine.estimate import estimate
@@ -116,6 +120,100 @@ def heads(length: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def three_passes(hf: nn.Module, exchange: Exchange, layer: int, head: int, sender: tuple[int, int], z: Any) -> float:
+    """One pair as the paper runs it: the run that gives, the run with everything else frozen, the run that is read.
+
+    Frozen are the outputs of attention and of MLPs; ``z`` holds them and what enters the output matrices.
+    """
+    blocks, width = hf.transformer.h, z["z"][0].shape[-1] // 12
+    caught: dict[str, torch.Tensor] = {}
+    gives, base = exchange.giver.ids, exchange.receiver.ids
+
+    def run(ids: torch.Tensor, hooks: Sequence[Any]) -> torch.Tensor:
+        try:
+            return hf(input_ids=ids, use_cache=False).logits[0, -1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    own = slice(sender[1] * width, (sender[1] + 1) * width)
+    query = slice(head * width, (head + 1) * width)
+    run(gives, [blocks[sender[0]].attn.c_proj.register_forward_pre_hook(lambda m, a: caught.update(z=a[0][..., own]))])
+    hooks = [blocks[layer].attn.c_attn.register_forward_hook(lambda m, a, o: caught.update(q=o[..., query].clone()))]
+    for i, block in enumerate(blocks[: layer + 1]):
+        if i != sender[0]:
+            hooks.append(block.attn.c_proj.register_forward_hook(lambda m, a, o, i=i: z["attention"][i]))
+        hooks.append(block.mlp.c_proj.register_forward_hook(lambda m, a, o, i=i: z["mlp"][i]))
+    hooks.append(
+        blocks[sender[0]].attn.c_proj.register_forward_pre_hook(
+            lambda m, a: (put((..., own), caught["z"])(z["z"][sender[0]]),)
+        )
+    )
+    run(base, hooks)
+    logits = run(
+        base, [blocks[layer].attn.c_attn.register_forward_hook(lambda m, a, o: put((..., query), caught["q"])(o))]
+    )
+    return float(logits[METRIC.ids[0]] - logits[METRIC.ids[1]])
+
+
+def paths(length: int, rounds: int, layer: int = 9, head: int = 6, timed: int = 12) -> dict[str, Any]:
+    """All heads to the queries of one head, against the same pair by pair; some pairs are timed and scaled to all."""
+    model = Model(gpt2())
+    base, other = map(model.inputs, prompts(length))
+    exchange = Exchange.of(model, other, base, METRIC, "clean->corrupt")
+    blocks = model.hf.transformer.h
+    kept: dict[str, Any] = {"z": {}, "attention": {}, "mlp": {}}
+    hooks = []
+    for i, block in enumerate(blocks):
+        hooks.append(block.attn.c_proj.register_forward_pre_hook(lambda m, a, i=i: kept["z"].update({i: a[0]})))
+        hooks.append(block.attn.c_proj.register_forward_hook(lambda m, a, o, i=i: kept["attention"].update({i: o})))
+        hooks.append(block.mlp.c_proj.register_forward_hook(lambda m, a, o, i=i: kept["mlp"].update({i: o})))
+    with torch.no_grad():
+        plain = model(base)[0, -1]
+    for hook in hooks:
+        hook.remove()
+    senders = [(i, h) for i in range(layer) for h in range(12)]
+    sample = senders[:: max(1, len(senders) // timed)]
+    found: dict[str, Any] = {}
+
+    def naive() -> None:
+        with torch.no_grad():
+            found["naive"] = [three_passes(model.hf, exchange, layer, head, s, kept) for s in sample]
+
+    def single() -> None:
+        with torch.no_grad():
+            for _ in sample:
+                model.hf(input_ids=base.ids, use_cache=False)
+
+    def ours() -> None:
+        found["ours"] = catalog.run(
+            "path_patching",
+            model,
+            clean=other,
+            corrupt=base,
+            metric=METRIC,
+            receivers=f"L{layer}.attn.q[{head}]",
+            normalise=False,
+            draws=0,
+        )
+
+    seconds = interleaved({"three passes per pair": naive, "one pass per pair": single, "ours": ours}, rounds)
+    scale = len(senders) / len(sample)
+    for name in ("three passes per pair", "one pass per pair"):
+        seconds[name] = [s * scale for s in seconds[name]]
+    start = float(plain[METRIC.ids[0]] - plain[METRIC.ids[1]])
+    error = max(abs(n - start - found["ours"].values[i, h]) for n, (i, h) in zip(found["naive"], sample, strict=True))
+    return {
+        "receiver": f"L{layer}.attn.q[{head}]",
+        "pairs": len(senders),
+        "pairs_timed": len(sample),
+        "rounds": rounds,
+        "median_seconds": medians(seconds),
+        "times_faster": {name: ratio(seconds, name, "ours") for name in ("three passes per pair", "one pass per pair")},
+        "largest_difference": error,
+    }
+
+
 def main() -> None:
     """Measure what is asked for and keep it, next to what was measured before."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -128,6 +226,7 @@ def main() -> None:
         "estimates T=64": lambda: estimates(64, options.rounds),
         "truth": truth,
         "heads T=16": lambda: heads(16, options.rounds),
+        "paths T=16": lambda: paths(16, options.rounds),
     }
     figures = {}
     for name, measure in parts.items():

@@ -74,6 +74,11 @@ class Run:
         )
 
     @torch.no_grad()
+    def value(self, metric: Metric) -> float:
+        """The metric of the first row."""
+        return float(self.metric(metric)[0])
+
+    @torch.no_grad()
     def logits(self, metric: Metric) -> Tensor:
         """[batch, read, vocab] logits of the positions that a metric reads, without their graph."""
         read = self._read(metric).detach()

@@ -239,7 +239,7 @@ class Walk:
 
         with (
             ATTENTION.watch({id(seen.module): answer}),
-            _freezing(seen.module, len(at), frozen),
+            freezing(seen.module, len(at), frozen),
             nullcontext() if script is None else script.around_layer(),
             fast_activations(call.module),
         ):
@@ -266,7 +266,7 @@ class Walk:
                 values = torch.cat([seen.v[:, :, : g.first].expand(n, -1, -1, -1), own_v], dim=2)
                 parts.append(seen(queries, keys, values, at).flatten(0, 1))
             q_start, k_start = q_start + n * len(at), k_start + n * m
-        return torch.cat(parts)[None] if parts else seen.z[:, :1]  # some row has to pass: see _freezing
+        return torch.cat(parts)[None] if parts else seen.z[:, :1]  # some row has to pass: see freezing
 
     def _shares(self, seen: Attended) -> bool:
         if id(seen) not in self._sharing:
@@ -312,7 +312,7 @@ def _split(x: Tensor, n: int) -> Tensor:
 
 
 @contextmanager
-def _freezing(module: nn.Module, live: int, frozen: Tensor | None) -> Iterator[None]:
+def freezing(module: nn.Module, live: int, frozen: Tensor | None) -> Iterator[None]:
     """While open, the module runs on the first ``live`` rows only, and gives ``frozen`` for the others.
 
     Without live rows it runs on one, whose result is dropped: views with a free size do not take empty tensors.
