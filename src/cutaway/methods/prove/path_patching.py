@@ -18,7 +18,6 @@ from cutaway.core.site import Items, Site
 from cutaway.engine.patching import Direction, Exchange
 from cutaway.engine.paths import Between, Paths, receivers_of
 from cutaway.engine.replay import BUDGET, replay
-from cutaway.engine.together import run_together
 from cutaway.models.handle import Model
 from cutaway.ops.draws import prove_sets
 from cutaway.ops.watched import rounding
@@ -158,15 +157,10 @@ def _effects(
     """([run] change of the metric, NaN for runs that do nothing; the metric without them; how they ran)."""
     values = torch.full((len(runs),), float("nan"), dtype=torch.float64)
     live = [i for i, run in enumerate(runs) if run]
-    if all(len(runs[i]) == 1 for i in live):
-        found = replay(model, exchange.prompt, [runs[i][0] for i in live], exchange.metric, budget=budget)
-        base, how = float(found.base), found.how
-        values[live] = found.values.double().cpu() - base
-    else:
-        together = run_together(model, exchange.receiver, [(), *(runs[i] for i in live)], exchange.metric, "paths")
-        base, how = float(together[0]), "rows of a batch"
-        values[live] = together[1:].double() - base
-    return values, base, how
+    found = replay(model, exchange.prompt, [list(runs[i]) for i in live], exchange.metric, budget=budget)
+    base = float(found.base)
+    values[live] = found.values.double().cpu() - base
+    return values, base, found.how
 
 
 def _laid_out(
