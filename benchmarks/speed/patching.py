@@ -11,6 +11,7 @@ procedure takes when pairs run one by one, and against one.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleaved, keep, medians, ratio
+from benchmarks.harness import RESULTS, interleaved, keep, medians, ratio
 from benchmarks.speed.sweeps import gpt2, head_cells, loop, prompts, put
 from cutaway import catalog
 from cutaway.core.metric import Metric
@@ -228,12 +229,14 @@ def main() -> None:
         "heads T=16": lambda: heads(16, options.rounds),
         "paths T=16": lambda: paths(16, options.rounds),
     }
-    figures = {}
+    before = RESULTS / "patching.json"
+    known = options.only is not None and before.is_file()
+    figures = json.loads(before.read_text())["figures"] if known else {}
     for name, measure in parts.items():
         if options.only is None or options.only in name:
             figures[name] = measure()
             print(name, figures[name], flush=True)
-            keep("patching" if options.only is None else "patching-some", figures, __doc__ or "")
+            keep("patching", figures, __doc__ or "")
 
 
 if __name__ == "__main__":
