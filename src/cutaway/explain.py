@@ -23,6 +23,7 @@ from cutaway.methods.locate.neuron_projection import neuron_projection
 from cutaway.methods.locate.query_neurons import query_neurons
 from cutaway.methods.see.logit_lens import logit_lens
 from cutaway.models.handle import Model
+from cutaway.models.remembered import Remembered
 from cutaway.ops.ablation import Ablation
 from cutaway.ops.draws import worthwhile
 from cutaway.ops.parts import unpadded
@@ -113,6 +114,7 @@ def _flow(asked: Asked) -> Result:
         target=asked.target,
         versus=asked.versus,
         draws=asked.draws,
+        curve=False,
         seed=asked.seed,
     )
 
@@ -181,15 +183,17 @@ def explain(
     if "image" in batch.roles[0] and not batch.has_images:
         raise InputError("the prompt", "it has a place for an image, and none is given", "give one: image='photo.png'")
     model.anatomy(batch)
-    logp = model(batch)[0, batch.last[0]].float().log_softmax(-1)
+    seen = Remembered.of(model, batch)
+    seen.prefetch(batch)
+    logp = seen(batch)[0, batch.last[0]].float().log_softmax(-1)
     best = logp.topk(min(ANSWERS, len(logp)))
     token = int(best.indices[0]) if target is None else target
     if token == versus:
         hint = "name another rival" if target is None else "name two tokens"
         raise ParameterError("parameter 'versus'", f"it is the token that is explained, {model.decode(token)!r}", hint)
-    asked = Asked(model, prompt, image, token, versus, k, draws, seed, {})
+    asked = Asked(seen, prompt, image, token, versus, k, draws, seed, {})
     refused = _make(asked, [name for name in PARTS if name != PATCHES or batch.has_images])
-    ablation = Ablation(model, batch, [token], rival=versus)
+    ablation = Ablation(seen, batch, [token], rival=versus)
     found, unproved, whole = _proved(asked, ablation, draws, seed)
     told = Explanation(
         title=f"what makes {short(model.name)} say {quoted(model.decode(token))}",

@@ -63,6 +63,7 @@ def logit_flow(
     versus: Target | None = None,
     most: Count = 100,
     draws: Annotated[int, annotated_types.Ge(0)] = 5,
+    curve: bool = True,
     seed: int = 0,
 ) -> Grid:
     """How much of the answer's log-probability came through each layer and position, as value and as query, in nats.
@@ -82,6 +83,7 @@ def logit_flow(
         versus: a rival token: the flow of the target minus that of the rival, each with value neurons of its own.
         most: how many value neurons of each kind (attention, FFN) are followed, for each token.
         draws: random draws of the proof, at least 5; 0 leaves it out.
+        curve: prove 1, 3 and 10 cells, or the largest number alone.
         seed: of the draws.
 
     Returns:
@@ -95,7 +97,7 @@ def logit_flow(
     tokens = [token] if versus is None else [token, versus]
     flows = [_flow(model, batch, each, most) for each in tokens]
     values = flows[0].values if versus is None else flows[0].values - flows[1].values
-    proof, more = _proof(model, batch, token, versus, values, draws, seed)
+    proof, more = _proof(model, batch, token, versus, values, draws, curve, seed)
     rival = "" if versus is None else f" against {model.decode(versus).strip()!r}"
     return Grid(
         title=f"flow of {model.decode(token).strip()!r}{rival} through {model.name}",
@@ -158,7 +160,7 @@ def _notes(model: Model, tokens: Sequence[int], flows: Sequence[Flow]) -> Iterat
 
 
 def _proof(
-    model: Model, inputs: Inputs, token: int, versus: int | None, values: Tensor, n_draws: int, seed: int
+    model: Model, inputs: Inputs, token: int, versus: int | None, values: Tensor, n_draws: int, curve: bool, seed: int
 ) -> tuple[Proof | None, list[str]]:
     """The strongest cells taken away, against random cells of the same flow, of the same layer where it has others."""
     if n_draws == 0:
@@ -173,7 +175,7 @@ def _proof(
     if not named:
         return None, ["no proof: nothing flows, or there are too few cells to compare with"]
     generator = torch.Generator().manual_seed(seed)
-    ks = sizes(len(named))
+    ks = sizes(len(named)) if curve else [len(named)]
     sets = [named[:k] for k in ks]
     sets += [_drawn(named[:k], pool, generator) for _ in range(n_draws) for k in ks]
     ablation = Ablation(model, inputs, [token], rival=versus)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from cutaway.core.proof import Check
 from cutaway.models.handle import Model
 from cutaway.results.readout import Readout
 
+ROWS = 64  # states whose logits are held at a time
 EMBEDDING = "embed"
 """Label of the row in front of the first layer."""
 
@@ -57,7 +60,13 @@ def logit_lens(
         raise SiteMissingError(f"site 'L{lacking}.resid_post' of {model.name}", why, "leave that layer out")
     last = f"L{model.n_layers - 1}.resid_post"
     trace = model.trace(inputs, want=[*entry, *wanted, *([] if last in wanted else [last])])
-    rows = [_read(model, trace[site][0, places], k, target) for site in (*entry, *wanted)]
+    names = (*entry, *wanted)
+    at_once = max(1, ROWS // max(1, len(places)))  # layers that go through the head together
+    rows = [
+        row
+        for i in range(0, len(names), at_once)
+        for row in _read(model, torch.stack([trace[site][0, places] for site in names[i : i + at_once]]), k, target)
+    ]
     ids = torch.stack([row[0] for row in rows])
     error = _last_row_error(model, trace[last][0, places], trace.logits, places)
     return Readout(
@@ -76,12 +85,13 @@ def logit_lens(
     )
 
 
-def _read(model: Model, states: Tensor, k: int, target: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top ids and log-probabilities [position, k], and the target's log-probability and rank [position]."""
+def _read(model: Model, states: Tensor, k: int, target: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For each layer of states [layer, position, d]: top ids and log-probabilities [position, k], and the target's
+    log-probability and rank [position]."""
     logp = model.readout(states)
     best, ids = logp.topk(min(k, logp.shape[-1]), dim=-1)
-    own = logp[:, target if target is not None else 0]
-    return ids, best, own, (logp > own[:, None]).sum(dim=-1)
+    own = logp[..., target if target is not None else 0]
+    yield from zip(ids, best, own, (logp > own[..., None]).sum(dim=-1), strict=True)
 
 
 def _last_row_error(model: Model, states: Tensor, logits: Tensor | None, places: list[int]) -> float:
