@@ -25,7 +25,8 @@ class Remembered(Model):
     """The model itself, for many readings of one prompt.
 
     A trace without interventions and gradients is put together from what earlier ones saw, and runs the model for the
-    rest alone. Where somebody else listens to the model's modules, it is run: they want to hear it.
+    rest alone; its sites stand in the order they were asked for. Where somebody else listens to the model's modules, it
+    is run: they want to hear it.
     """
 
     _prompt: str
