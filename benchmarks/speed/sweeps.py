@@ -14,12 +14,14 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -27,7 +29,7 @@ from benchmarks.harness import interleaved, keep, medians
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Intervention, Set
 from cutaway.core.metric import Metric
-from cutaway.engine import replay
+from cutaway.engine import products, replay
 from cutaway.models.handle import Model
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 12, 768, 12, 50257
@@ -116,12 +118,14 @@ Cell = tuple[nn.Module, Callable[[Tensor], Tensor], Intervention]
 """What a run does to which module's input in the bare loop, and the same as an intervention."""
 
 
-def loop(hf: nn.Module, inputs: Inputs, cells: Sequence[Cell]) -> list[float]:
-    """One forward pass per cell; the metric of each."""
+def loop(hf: nn.Module, inputs: Inputs, runs: Sequence[list[Cell]]) -> list[float]:
+    """One forward pass per run; the metric of each."""
     found = []
     with torch.no_grad():
-        for module, change, _ in cells:
-            with patched(module, change):
+        for cells in runs:
+            with ExitStack() as patches:
+                for module, change, _ in cells:
+                    patches.enter_context(patched(module, change))
                 logits = hf(**inputs.kwargs(torch.device("cpu")), use_cache=False).logits[0, -1]
             found.append(float(logits[METRIC.ids[0]] - logits[METRIC.ids[1]]))
     return found
@@ -178,12 +182,39 @@ def neuron_cells(model: Model, inputs: Inputs, other: Inputs) -> list[Cell]:
     ]
 
 
+def pair_runs(model: Model, inputs: Inputs, other: Inputs) -> list[list[Cell]]:
+    """Every head at all positions, and the residual stream of a later layer at one position with it."""
+    heads, residuals = (
+        head_cells(model, inputs, other),
+        residual_cells(model, inputs, other, range(inputs.ids.shape[1])),
+    )
+    later = [residuals[(i // HEADS * 16 + i % 16 + 48) % len(residuals)] for i in range(len(heads))]
+    return [[a, b] for a, b in zip(heads, later, strict=True)]
+
+
+def operations(hf: nn.Module, inputs: Inputs, cells: Sequence[Cell]) -> dict[str, float]:
+    """Floating-point operations of the matrix products of both; attention kernels are not counted."""
+    model = Model(hf)
+    runs = [run for _, _, run in cells]
+    replay(model, inputs, runs, METRIC, plain=False)
+    with FlopCounterMode(display=False) as one:
+        loop(hf, inputs, [[cells[0]]])
+    with mock.patch.object(products, "chosen_product", return_value=None), FlopCounterMode(display=False) as all_:
+        replay(model, inputs, runs, METRIC, plain=False)
+    both = {"loop": float(one.get_total_flops() * len(cells)), "replay": float(all_.get_total_flops())}
+    return {**both, "times_replay": both["loop"] / both["replay"]}
+
+
 def compare(
-    hf: nn.Module, inputs: Inputs, cells: Sequence[Cell], rounds: int, others: dict[str, Callable[[], list[float]]]
+    hf: nn.Module,
+    inputs: Inputs,
+    cells: Sequence[list[Cell]],
+    rounds: int,
+    others: dict[str, Callable[[], list[float]]],
 ) -> dict[str, Any]:
     """Medians of the loop, of replay and of others, the ratios to replay, and the largest difference of the values."""
     model = Model(hf)
-    runs = [run for _, _, run in cells]
+    runs = [[run for _, _, run in several] if len(several) > 1 else several[0][2] for several in cells]
     few = len(cells) * inputs.ids.shape[1] <= WHOLE
     sample = list(range(0, len(cells), 1 if few else max(1, len(cells) // SAMPLE)))
     found: dict[str, Any] = {}
@@ -320,12 +351,14 @@ def main() -> None:
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
 
-    def sweep(name: str, make: Callable[[], tuple[nn.Module, Inputs, list[Cell], dict[str, Any]]]) -> None:
+    def sweep(name: str, make: Callable[[], tuple[nn.Module, Inputs, list[Any], dict[str, Any]]]) -> None:
         if options.only not in name:
             return
         hf, inputs, cells, others = make()
         present = {k: f for k, f in others.items() if not isinstance(f, str)}
-        figures[name] = compare(hf, inputs, cells, options.rounds, present)
+        runs = [several if isinstance(several, list) else [several] for several in cells]
+        figures[name] = compare(hf, inputs, runs, options.rounds, present)
+        figures[name]["product"] = getattr(products.chosen_product(1), "__name__", "torch's own")
         figures[name]["absent"] = {k: f for k, f in others.items() if isinstance(f, str)}
         print(name, figures[name]["times_replay"], figures[name]["largest_difference"], flush=True)
         keep("sweeps" if not options.only else "sweeps-some", figures, __doc__ or "")
@@ -334,6 +367,8 @@ def main() -> None:
         model = Model(hf)
         base, other = map(model.inputs, prompts(length, differ_from))
         cells = residual_cells(model, base, other, range(length))
+        kind = type(hf.config).__name__.removesuffix("Config").lower()  # type: ignore[union-attr]
+        figures[f"{kind} operations, T={length}, prompts equal before {differ_from}"] = operations(hf, base, cells)
         others = {}
         if peers:
             others = {
@@ -342,7 +377,7 @@ def main() -> None:
             }
         return hf, base, cells, others
 
-    def inside(hf: nn.Module, length: int, cells_of: Callable[[Model, Inputs, Inputs], list[Cell]]) -> Any:
+    def inside(hf: nn.Module, length: int, cells_of: Callable[[Model, Inputs, Inputs], list[Any]]) -> Any:
         model = Model(hf)
         base, other = map(model.inputs, prompts(length))
         return hf, base, cells_of(model, base, other), {}
@@ -370,6 +405,7 @@ def main() -> None:
     sweep("gpt2 residual T=64, prompts equal before 32", lambda: residual(gpt2(), 64, 32))
     sweep("gpt2 heads T=16", lambda: inside(gpt2(), 16, head_cells))
     sweep("gpt2 neuron blocks T=16", lambda: inside(gpt2(), 16, neuron_cells))
+    sweep("gpt2 pairs of a head and a position T=16", lambda: inside(gpt2(), 16, pair_runs))
     sweep("llama-gqa residual T=16", lambda: residual(llama(), 16))
     sweep("llama-gqa residual T=64", lambda: residual(llama(), 64))
     sweep("llava residual, 64 patches then 12 tokens", lambda: pictured(64, 12))
