@@ -92,7 +92,7 @@ def test_a_mistaken_replay_is_found_and_not_used(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(norm, "forward", mixing)
     runs = [Zero(f"L{i}.resid_pre@{p}") for i in range(2) for p in (0, 3)]
     found = replay(m, IDS, runs, LOGIT)
-    assert found.how.startswith("plain: replaying 'L1.resid_pre@0' gave logits off by")
+    assert found.how.startswith("plain: replaying 'L0.resid_pre@0' gave logits off by")
     torch.testing.assert_close(found.values, replay(m, IDS, runs, LOGIT, plain=True).values)
 
 
