@@ -8,7 +8,7 @@ import annotated_types
 import numpy as np
 import torch
 
-from cutaway.core.errors import MismatchError, ParameterError
+from cutaway.core.errors import MismatchError, ParameterError, ResultError
 from cutaway.core.method import method
 from cutaway.core.params import Count, Fraction, Image, MetricLike, Prompts, Target
 from cutaway.core.proof import Check, Proof
@@ -92,6 +92,7 @@ def faithfulness(
 
     Raises:
         MismatchError: prompts of unequal length, or a graph of another model. ParameterError: both runs measure alike.
+        ResultError: no path leads through the graph.
     """
     pairs = paired(model, clean, corrupt, metric, answers, rivals, (clean_image, corrupt_image))
     wiring = Wiring.of_model(model, pairs.clean)
@@ -151,7 +152,11 @@ def _scored(model: Model, graph: Graph | None, wiring: Wiring) -> tuple[np.ndarr
         layers = sum(node.endswith(".mlp.out") for node in graph.nodes)
         found = f"graph {graph.title!r} is of a model with {layers} layers and {heads} heads in all"
         raise MismatchError(asked, found, f"this one has {wiring}")
-    return places(graph, wiring), graph.weight
+    edges = places(graph, wiring)
+    if not len(pruned(wiring, edges)):
+        found = f"none of its {len(edges)} edges lies on a path from the embedding to the logits"
+        raise ResultError(f"the circuits of graph {graph.title!r}", found, "give one with a path")
+    return edges, graph.weight
 
 
 class _Shares:

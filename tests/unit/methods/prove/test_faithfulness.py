@@ -9,7 +9,7 @@ import pytest
 
 import cutaway
 from cutaway import catalog, specimens
-from cutaway.core.errors import MismatchError, ParameterError
+from cutaway.core.errors import MismatchError, ParameterError, ResultError
 from cutaway.models.handle import Model
 from cutaway.ops.areas import cmd, cpr
 from cutaway.ops.wiring import Wiring
@@ -112,5 +112,8 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence() -> None:
         faithfulness(model("grouped-query"), graph=edges(of))
     with pytest.raises(ParameterError, match="both the clean run and the one with everything replaced"):
         faithfulness(of, corrupt=GIVEN["clean"])
+    apart = edges(of).replace(source=[0], target=[1], weight=[1.0], edge_columns={"into": ["q"]})
+    with pytest.raises(ResultError, match="none of its 1 edges lies on a path from the embedding to the logits"):
+        faithfulness(of, graph=apart)
     with pytest.raises(MismatchError, match="row 0 has 4 and 3 tokens"):
         faithfulness(of, corrupt=[70, 90, 72])
