@@ -23,8 +23,14 @@ def image_patches() -> Result:
     return catalog.run("image_patches", load("scenes"), prompt=f"{asked.prompt} {first}", image=scene.image())
 
 
+def circuits() -> dict[str, Result]:
+    """The edges behind a fact of town that differ between two names, and the circuits that they make."""
+    town, given = load("town"), {"clean": "Ada Reed lives in", "corrupt": "Ada Stone lives in"}
+    return {name: catalog.run(name, town, **given, metric='logprob: " Milby"') for name in ("edges", "faithfulness")}
+
+
 def small(picture: Path) -> None:
-    """Keep a picture that holds photographs at half its size: fewer colours would break the legend's gradient."""
+    """Keep a large picture, or one that holds photographs, at half its size: fewer colours would break the legend's gradient."""
     with Image.open(picture) as opened:
         half = opened.convert("RGB").resize((opened.width // 2, opened.height // 2), Image.Resampling.LANCZOS)
     half.save(picture, optimize=True)
@@ -36,6 +42,8 @@ def main() -> None:
     made = steps()
     for name in DRAWN:
         made[name][1].write(PICTURES / f"{name}.png")
+    for name, result in circuits().items():
+        small(result.write(PICTURES / f"{name}.png"))
     small(image_patches().write(PICTURES / "image_patches.png"))
 
 
