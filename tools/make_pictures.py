@@ -30,7 +30,7 @@ def circuits() -> dict[str, Result]:
 
 
 def small(picture: Path) -> None:
-    """Keep a large picture, or one that holds photographs, at half its size: fewer colours would break the legend's gradient."""
+    """Keep a large picture at half its size: fewer colours would break the legends' gradients."""
     with Image.open(picture) as opened:
         half = opened.convert("RGB").resize((opened.width // 2, opened.height // 2), Image.Resampling.LANCZOS)
     half.save(picture, optimize=True)
