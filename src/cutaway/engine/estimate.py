@@ -22,12 +22,13 @@ from cutaway.engine.gradients import Run, differentiable, observe
 from cutaway.engine.patching import Exchange, part
 from cutaway.engine.together import ROWS, run_together
 from cutaway.models.handle import Model
-from cutaway.ops.watched import rounding
 
 START = Site("resid_pre", Items.of(0))
 """What enters the first layer: where the line between the two runs is drawn."""
 STEP = 0.01
 """Part of a cell's change by which finite differences move; half of it says how far they can be trusted."""
+ROUNDING = 64
+"""Units in the last place that a metric's rounding may come to."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,6 @@ def measured(model: Model, exchange: Exchange, found: Estimate, cell: Site) -> t
         runs += [[*line, Add(cell, step * change)] for step in (STEP, -STEP, STEP / 2, -STEP / 2)]
     values = run_together(model, exchange.receiver, runs, exchange.metric).double().view(-1, 4)
     wide, narrow = (values[:, 0] - values[:, 1]) / (2 * STEP), (values[:, 2] - values[:, 3]) / STEP
-    noise = rounding(model.dtype) * float(values.abs().max().clamp_min(1.0)) / STEP
+    noise = ROUNDING * torch.finfo(model.dtype).eps * float(values.abs().max().clamp_min(1.0)) / STEP
     jump = 3 * float((wide - narrow).abs().mean())  # covers one jump in between, as where experts change
     return float(((4 * narrow - wide) / 3).mean()), jump + noise

@@ -1,26 +1,14 @@
 """Gradients of a metric at any sites: one forward and one backward pass, weights frozen, only what is read unembedded.
 
-    with differentiable(model, inputs, "L*.attn.z, L*.mlp.act") as run:
-        grads = run.gradients(metric)              # {site: gradient of the metric summed over rows}
-    run.values                                     # {site: activation}, there afterwards too
-
-With ``branches=True`` a gradient goes on to what one branch reads of the residual stream, and to nothing else:
-
-    with differentiable(model, inputs, "L*.resid_pre, L*.attn.q", branches=True) as run:
-        grads = run.gradients(metric)
-        site = Site.parse("L3.attn.q")
-        run.pull(site, grads[site])            # [batch, pos, head, d_model] at what each head's query reads
-
-``pull`` serves attn.q, attn.k and attn.v (per head; keys and values per key-value head) down to resid_pre, and mlp.in
-and mlp.out down to resid_mid (resid_pre where attention and MLP run side by side). Both ends must be wanted. Norms are
-differentiated, nothing is frozen. It is called inside the block, layer by layer: what it gives is as large as the
-residual streams of all heads together.
+with differentiable(model, inputs, "L*.attn.z, L*.mlp.act") as run:
+    grads = run.gradients(metric)              # {site: gradient of the metric summed over rows}
+run.values                                     # {site: activation}, there afterwards too
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +17,6 @@ from cutaway.core.errors import InputError, ParameterError, SiteMissingError
 from cutaway.core.inputs import Inputs
 from cutaway.core.metric import Metric
 from cutaway.core.site import Items, Site, SiteLike
-from cutaway.engine.branches import Branches
 from cutaway.engine.readout import Readout
 from cutaway.models.handle import InterventionLike, Model
 from cutaway.models.watch import Watch
@@ -58,12 +45,10 @@ class Run:
         inputs: what ran. values: {site: activation} at the sites that were wanted, without their graph.
     """
 
-    def __init__(
-        self, model: Model, inputs: Inputs, watch: Watch, end: Tensor, states: bool, branches: Branches | None
-    ) -> None:
+    def __init__(self, model: Model, inputs: Inputs, watch: Watch, end: Tensor, states: bool) -> None:
         self.model, self.inputs = model, inputs
         self.values = {site: x.detach() for site, x in watch.values.items()}
-        self._watch, self._end, self._states, self._branches = watch, end, states, branches
+        self._watch, self._end, self._states = watch, end, states
 
     def metric(self, metric: Metric) -> Tensor:
         """[batch] the metric, with its graph."""
@@ -84,19 +69,13 @@ class Run:
         read = self._read(metric).detach()
         return Readout(self.model, metric, 1, WHOLE).logits(read) if self._states else read
 
-    def gradients(self, metric: Metric, keep: bool = False) -> dict[Site, Tensor]:
-        """{site: gradient} of the metric's sum over rows at every wanted site; ``keep`` the graph to ask again."""
+    def gradients(self, metric: Metric) -> dict[Site, Tensor]:
+        """{site: gradient} of the metric's sum over rows at every wanted site; asked for once."""
         of = self.metric(metric).sum()
         if not of.requires_grad:
             found = "it counts, so that it has no gradient"
             raise ParameterError(f"metric '{metric}'", found, "use logit_diff, logit, logprob or loss")
-        return self._watch.gradients(of, keep or self._branches is not None)
-
-    def pull(self, site: Site, gradient: Tensor) -> Tensor:
-        """The gradient at the residual stream as the branch at ``site`` reads it; see the module's first lines."""
-        if self._branches is None:
-            raise SiteMissingError(f"the gradient before '{site}'", "the run kept no branches", "pass branches=True")
-        return self._branches.pull(self._watch.values, site, gradient)
+        return self._watch.gradients(of)
 
     def _read(self, metric: Metric) -> Tensor:
         """[batch, read, ...] the last residual stream, or the logits where its way to them is not known."""
@@ -110,8 +89,6 @@ def differentiable(
     inputs: Inputs,
     want: SiteLike | Iterable[SiteLike],
     do: InterventionLike | Iterable[InterventionLike] = (),
-    *,
-    branches: bool = False,
 ) -> Iterator[Run]:
     """A forward pass whose gradients can be taken while the block is open; weights are frozen in it.
 
@@ -119,16 +96,12 @@ def differentiable(
         inputs: prepared (``metric.prepare``), of one or several rows.
         want: the sites where values and gradients are wanted.
         do: interventions. One that replaces what is wanted cuts it off from what came before, as it does in the run.
-        branches: keep what ``Run.pull`` needs.
 
     Raises:
         InputError: a site did not run. SiteError: it is not there.
     """
-    kept = Branches(model) if branches else None
     with frozen(model.hf), torch.enable_grad():
-        with kept.listening() if kept is not None else nullcontext():
-            run = _run(model, inputs, want, do, kept, attached=True)
-        yield run
+        yield _run(model, inputs, want, do, attached=True)
 
 
 @torch.no_grad()
@@ -139,7 +112,7 @@ def observe(
     do: InterventionLike | Iterable[InterventionLike] = (),
 ) -> Run:
     """The same without a graph: values at sites, and metrics for which only what they read is unembedded."""
-    return _run(model, inputs, want, do, None, attached=False)
+    return _run(model, inputs, want, do, attached=False)
 
 
 def _run(
@@ -147,7 +120,6 @@ def _run(
     inputs: Inputs,
     want: SiteLike | Iterable[SiteLike],
     do: InterventionLike | Iterable[InterventionLike],
-    kept: Branches | None,
     *,
     attached: bool,
 ) -> Run:
@@ -163,4 +135,4 @@ def _run(
     found = watch.values[end] if states else logits
     if found is None:
         raise SiteMissingError("logits", "the model returned none", "")
-    return Run(model, inputs, watch, found, states, kept)
+    return Run(model, inputs, watch, found, states)

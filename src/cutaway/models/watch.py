@@ -211,10 +211,10 @@ class Watch:
             part = part.to(device=self.device or part.device, dtype=self.dtype or part.dtype)
         self.values[site] = joined(site, self.values.get(site), part) if more else part
 
-    def gradients(self, of: Tensor, keep: bool = False) -> dict[Site, Tensor]:
-        """The gradient of a number at each site; 0 where it does not depend on it. ``keep`` the graph to ask again."""
+    def gradients(self, of: Tensor) -> dict[Site, Tensor]:
+        """The gradient of a number at each site; 0 where it does not depend on it."""
         parts = [(site, raw, to) for site, seen in self.raw.items() for raw, to in seen]
-        found = torch.autograd.grad(of, [raw for _, raw, _ in parts], allow_unused=True, retain_graph=keep)
+        found = torch.autograd.grad(of, [raw for _, raw, _ in parts], allow_unused=True)
         grads: dict[Site, Tensor] = {}
         for (site, raw, to), g in zip(parts, found, strict=True):
             grads[site] = joined(site, grads.get(site), to(torch.zeros_like(raw) if g is None else g).detach(), 0.0)
