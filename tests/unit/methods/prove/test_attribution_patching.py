@@ -13,7 +13,7 @@ from cutaway import catalog, specimens
 from cutaway.core.errors import MismatchError, ParameterError, TokenError
 from cutaway.models.load import load
 from cutaway.results import Grid
-from tests.architectures import fresh, model
+from tests.architectures import fresh, inputs, model
 
 CLEAN, CORRUPT = [70, 71, 72, 73, 74, 75], [70, 90, 72, 93, 74, 75]
 PATHS = {"attn.z": "model.layers.{}.self_attn.o_proj", "mlp.act": "model.layers.{}.mlp.down_proj"}
@@ -151,3 +151,12 @@ def test_flags_of_the_weights_stay() -> None:
 def test_what_cannot_be_estimated_says_why(params: dict[str, Any], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         estimated(model("grouped-query"), **params)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen-vl"])
+def test_images_are_estimated_too(name: str) -> None:
+    """Integrated over many steps, what enters the first layer at the image carries what the image changes."""
+    of, clean, corrupt = model(name), inputs(name), inputs(name, seed=3)
+    low, high = (float(of(run)[0, -1, 11] - of(run)[0, -1, 22]) for run in (corrupt, clean))
+    found = estimated(of, clean=clean, corrupt=corrupt, layers="0", positions="image", steps=40, draws=0, verify=0)
+    assert float(found.values.sum()) == pytest.approx(high - low, abs=0.02 * max(1.0, abs(high - low)))
