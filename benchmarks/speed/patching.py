@@ -203,7 +203,9 @@ def paths(length: int, rounds: int, layer: int = 9, head: int = 6, timed: int = 
     for name in ("three passes per pair", "one pass per pair"):
         seconds[name] = [s * scale for s in seconds[name]]
     start = float(plain[METRIC.ids[0]] - plain[METRIC.ids[1]])
-    error = max(abs(n - start - found["ours"].values[i, h]) for n, (i, h) in zip(found["naive"], sample, strict=True))
+    error = max(
+        float(abs(n - start - found["ours"].values[i, h])) for n, (i, h) in zip(found["naive"], sample, strict=True)
+    )
     return {
         "receiver": f"L{layer}.attn.q[{head}]",
         "pairs": len(senders),
