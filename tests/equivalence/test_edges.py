@@ -7,13 +7,14 @@ import random
 import pytest
 import torch
 
+from cutaway import catalog
 from cutaway.ops.circuit_runs import CircuitRuns
 from cutaway.ops.edge_scores import edge_scores, path_points
 from cutaway.ops.fronts import read_fronts
 from cutaway.ops.pairs import Pairs
 from cutaway.ops.selection import mask
 from cutaway.ops.wiring import Wiring
-from tests.architectures import double
+from tests.architectures import double, model
 from tests.equivalence import edge_reference as reference
 
 CLEAN = torch.tensor([[70, 71, 72, 73, 74, 75], [80, 81, 82, 83, 84, 85]])
@@ -83,3 +84,27 @@ def test_few_circuits_at_a_time_run_as_all_together(name: str) -> None:
     keep = torch.rand(5, *wiring.real.shape, generator=torch.Generator().manual_seed(0)) < 0.7
     together = CircuitRuns(of, pairs, wiring, fronts)(keep)
     torch.testing.assert_close(CircuitRuns(of, pairs, wiring, fronts, budget=1)(keep), together)
+
+
+@pytest.mark.parametrize("name", ["dense", "grouped-query", "parallel"])
+@pytest.mark.parametrize("receiver", ["L2.attn.v[0]", "L1.attn.q[2]", "L2.mlp.in"])
+def test_one_corrupt_edge_is_a_patched_path(name: str, receiver: str) -> None:
+    of = model(name)
+    given = {"clean": CLEAN[:1].tolist()[0], "corrupt": CORRUPT[:1].tolist()[0], "metric": "logit_diff: #11, #22"}
+    grid = catalog.run("path_patching", of, **given, receivers=receiver, direction="corrupt->clean", normalise=False)
+    pairs = Pairs.of(of.inputs(CLEAN[:1]), of.inputs(CORRUPT[:1]), of.metric(given["metric"]))
+    wiring = Wiring.of_model(of, pairs.clean)
+    whole = torch.as_tensor(wiring.real)
+    kind, _, number = receiver.partition(".")[2].rstrip("]").partition("[")
+    layer, into = int(receiver[1]), kind[-1] if kind.startswith("attn") else ""
+    at = next(
+        i for i, r in enumerate(wiring.receivers) if (r.layer, r.into) == (layer, into) and r.number == int(number or 0)
+    )
+    heads = [i for i in range(wiring.receivers[at].reads) if ".attn.z[" in wiring.senders[i]]
+    cut = whole.repeat(len(heads), 1, 1)
+    for row, sender in enumerate(heads):
+        cut[row, sender, at] = False
+    runs = CircuitRuns(of, pairs, wiring, read_fronts(of, pairs.clean, wiring))
+    ours = (runs(cut) - runs.clean)[:, 0]
+    theirs = torch.tensor([float(x) for x in grid.values.flatten()])
+    torch.testing.assert_close(ours, theirs[: len(heads)], atol=2e-6, rtol=1e-4)

@@ -110,6 +110,19 @@ def test_ids_and_mask_must_line_up(ids: torch.Tensor, mask: torch.Tensor, found:
         Inputs(ids, mask, (), ())
 
 
+def test_rows_are_taken_in_any_order_and_number_with_their_padding() -> None:
+    given = batch(position_ids=torch.tensor([[0, 1, 2, 3], [0, 0, 0, 1]]))
+    taken = given.take([1, 0, 1])
+    assert taken.ids.tolist() == [given.ids[i].tolist() for i in (1, 0, 1)]
+    assert taken.lengths == [2, 4, 2]
+    assert taken.tokens == (given.tokens[1], given.tokens[0], given.tokens[1])
+    assert taken.extra["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3], [0, 0, 0, 1]]
+    pixels = batch(pixel_values=torch.zeros(2, 3, 4, 4, 4))
+    assert pixels.take([0, 1]) is pixels
+    with pytest.raises(InputError, match="cannot be split by row"):
+        batch(pixel_values=torch.zeros(3, 4)).take([1])
+
+
 def test_grids_move_with_their_row() -> None:
     grid = PatchGrid(0, (1, 2), torch.zeros(2, 4), (1, 2))
     mask = torch.tensor([[0, 1, 1, 1]])

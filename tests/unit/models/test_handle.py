@@ -167,3 +167,16 @@ def test_an_image_that_the_model_refuses_is_named_with_its_size() -> None:
     with pytest.raises(ImageError, match="50x70"):
         model.trace(model.inputs("what is it?", Image.new("RGB", (50, 70))), want="L0.resid_post")
     model.trace(model.inputs("what is it?", Image.new("RGB", (48, 48))), want="vision/L0.resid_post")
+
+
+@pytest.mark.parametrize("name", ["dense", "parallel"])
+def test_a_run_that_keeps_its_graph_may_stop_before_the_logits(name: str) -> None:
+    of = model(name)
+    last = f"L{of.n_layers - 1}.resid_post"
+    trace = of.trace([PROMPT], want=["L0.resid_pre", last], grad=True, stop=True)
+    assert trace.logits is None
+    (stopped,) = torch.autograd.grad(trace[last].square().sum(), trace["L0.resid_pre"])
+    whole = of.trace([PROMPT], want=["L0.resid_pre", last], grad=True)
+    assert whole.logits is not None
+    (through,) = torch.autograd.grad(whole[last].square().sum(), whole["L0.resid_pre"])
+    torch.testing.assert_close(stopped, through)
