@@ -72,8 +72,9 @@ class Proof:
 
     ``effect[k]`` is what ablating the first ``ks[k]`` named components does to the metric, ``random[draw, k]`` what
     equally many random ones do, drawn with the same ``matched`` profile. Larger means stronger (a drop is positive).
-    The verdict is taken at the largest k, in two ways that must agree: the effect lies above ``LEVEL`` of the draws,
-    and a one-sided prediction interval (Student's t, n - 1 degrees of freedom) puts it above what one more draw gives.
+    The verdict is taken at the largest k, in three ways that must agree: there is an effect, it lies above ``LEVEL`` of
+    the draws, and a one-sided prediction interval (Student's t, n - 1 degrees of freedom) puts it above what one more
+    draw gives.
 
     Raises:
         ResultError: fewer than ``MIN_DRAWS`` draws, or shapes that do not line up.
@@ -134,13 +135,14 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        return bool(self.percentile[-1] >= self.LEVEL and self.p_value[-1] <= 1 - self.LEVEL)
+        """Whether the named set does something, and more than random ones; less of a gain than theirs is no proof."""
+        return bool(self.effect[-1] > 0 and self.percentile[-1] >= self.LEVEL and self.p_value[-1] <= 1 - self.LEVEL)
 
     @property
     def sentence(self) -> str:
         """The verdict with its numbers, in one line."""
         k, effect, draws = self.ks[-1], self.effect[-1], self.random[:, -1]
-        verdict = "more than" if self.holds else "NOT reliably more than"
+        verdict = "more than" if self.holds else "NO loss, against" if effect <= 0 else "NOT reliably more than"
         return (
             f"{self.ablated} (k = {k}) changes {self.metric} by {effect:.3g} {self.unit}, {verdict} {self.n_draws} "
             f"random draws matched by {self.matched} (mean {draws.mean():.3g}, largest {draws.max():.3g}; "

@@ -327,6 +327,13 @@ def test_a_proof_holds_only_above_the_random_draws() -> None:
     assert "(k = 2) changes log p by 2 nats" in strong.sentence
 
 
+def test_less_of_a_gain_than_random_is_no_proof() -> None:
+    found = proof([-1.7], np.array([[-9.0], [-9.0], [-8.9], [-9.1], [-8.8]]))
+    assert found.percentile[-1] == 1.0
+    assert not found.holds
+    assert "changes log p by -1.7 nats, NO loss, against 5 random draws" in found.sentence
+
+
 def test_draws_without_spread() -> None:
     draws = np.zeros((5, 1))
     assert proof([0.1], draws).holds

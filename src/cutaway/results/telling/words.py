@@ -235,14 +235,18 @@ def _proofs(told: Explanation) -> Iterator[str]:
         after = "" if told.versus else f", to a probability of {percent(before * math.exp(-effect))}"
         what = proof.ablated.removeprefix("zeroing the top ")
         yield (
-            f"Without the {proof.ks[-1]} {what} named, {proof.metric} falls by {effect:.3g} {proof.unit}{after}; "
-            f"without as many random ones by {proof.random[:, -1].mean():.2g}."
+            f"Without the {proof.ks[-1]} {what} named, {proof.metric} {_moves(effect, 3)} {proof.unit}{after}; "
+            f"without as many random ones it {_moves(float(proof.random[:, -1].mean()), 2)}."
         )
     if told.unproved:
         yield (
             f"Not proved: taking away the {listed([NOUNS.get(name, name) for name in told.unproved])} named does not "
-            "reliably do more than taking away random others."
+            "reliably lower it more than taking away random others."
         )
+
+
+def _moves(drop: float, digits: int) -> str:
+    return f"{'falls' if drop >= 0 else 'rises'} by {abs(drop):.{digits}g}"
 
 
 def _best(ranking: Ranking) -> str:
