@@ -18,6 +18,7 @@ from cutaway.core.site import Site
 
 Family = tuple[str, bool, bool]
 """What components are matched by beside their layer: kind, whether inside a head, whether by source position."""
+EMBED = "embed"  # what rankings call the embedding, which is none of these
 WHOLE = ("attn.out", "mlp.out")
 INDEXED = ("attn.z", "mlp.act", "expert.act")
 _TEXT = re.compile(

@@ -10,6 +10,7 @@ from cutaway.core.method import method
 from cutaway.core.params import Count, Image, Prompt, Sites, Target
 from cutaway.core.proof import Check
 from cutaway.models.handle import Model
+from cutaway.ops.origin import components, other_prompt
 from cutaway.ops.parts import Group, Level, Parts, take_apart, unpadded
 from cutaway.ops.readout import FrozenReadout, Head
 from cutaway.ops.topk import BLOCK
@@ -59,8 +60,9 @@ def neuron_projection(
         found = "neither is given" if ranking is None else "both are given"
         raise ParameterError("parameters 'ranking' and 'sites'", found, "give one of them")
     batch = unpadded(model.inputs(prompt, image))
+    left_out: list[str] = []
     if ranking is not None:
-        units = [Unit.parse(item) for item in ranking.items[:most]]
+        units, left_out = components(ranking.items[:most])
     else:
         found_units = (u for site in model.expand(sites or (), batch) for u in Unit.of_site(site, model.anatomy(batch)))
         units = list(found_units)[:most]
@@ -85,7 +87,11 @@ def neuron_projection(
             value=max(parts.identity_error, *(group.writer.error for group in parts.groups)),
             tolerance=rounding(model.dtype),
         ),
-        notes=(f"target: {model.decode(token)!r}; changes are of logits, at the scale of this prompt's last state",),
+        notes=(
+            f"target: {model.decode(token)!r}; changes are of logits, at the scale of this prompt's last state",
+            *left_out,
+            *other_prompt(model, prompt, batch, ranking),
+        ),
     )
 
 

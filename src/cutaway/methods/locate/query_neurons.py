@@ -15,17 +15,17 @@ from cutaway.core.params import Count, Image, Prompt, Target
 from cutaway.core.proof import Check
 from cutaway.models.handle import Model
 from cutaway.ops.draws import prove_best
+from cutaway.ops.origin import other_prompt
 from cutaway.ops.parts import Level, Parts, take_apart, unpadded
 from cutaway.ops.stats import rank_correlation
 from cutaway.ops.subkeys import ValueNeurons, find_values, read_values, totals
-from cutaway.ops.units import Unit
+from cutaway.ops.units import EMBED, Unit
 from cutaway.ops.watched import rounding
 from cutaway.results.ranking import Ranking
 
 LevelName = Literal["layer", "head", "neuron"]
 WORDS = {"layer": "sublayers", "head": "heads", "neuron": "FFN neurons"}
 KINDS = {"both": ("attn.z", "mlp.act"), "attention": ("attn.z",), "ffn": ("mlp.act",)}
-EMBED = "embed"
 
 
 class Found(NamedTuple):
@@ -119,7 +119,7 @@ def query_neurons(
             sentence="as a share of what those add; and the stream is the sum of its parts",
         ),
         proof=proof,
-        notes=(*_notes(found, sums.shared, scores, table), *more),
+        notes=(*_notes(found, sums.shared, scores, table), *other_prompt(model, prompt, batch, ranking), *more),
     )
 
 

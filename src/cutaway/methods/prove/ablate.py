@@ -17,6 +17,7 @@ from cutaway.core.site import Site
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation, Effect
 from cutaway.ops.draws import Draws, proof_of, sizes
+from cutaway.ops.origin import components, other_prompt
 from cutaway.ops.parts import unpadded
 from cutaway.ops.units import Unit
 from cutaway.results.ranking import Ranking
@@ -52,7 +53,8 @@ def ablate(
 
     Args:
         prompt: text or token ids.
-        ranking: a ranking whose items are components, as the locating methods make; its order is kept.
+        ranking: a ranking whose items are components, as the locating methods make; its order is kept, and the
+            embedding left out.
         sites: heads (attn.z), neurons (mlp.act, expert.act) or sublayers (attn.out, mlp.out), instead of a ranking.
         image: an image that goes with the prompt.
         target: the token of the answer; the model's own when it is not given.
@@ -82,7 +84,9 @@ def ablate(
         target = int(model(batch)[0, batch.last[0]].argmax())
     ids = [target, *(then or ())]
     run = batch.extend(ids[:-1], [model.decode(i) for i in ids[:-1]]) if len(ids) > 1 else batch
-    units = _units(model, ranking, sites, run)[:most]
+    every, notes = _units(model, ranking, sites, run)
+    notes += other_prompt(model, prompt, batch, ranking)
+    units = every[:most]
     by_source = any(unit.source >= 0 for unit in units)
     if by_source and how != "zero":
         raise ParameterError(f"how={how!r}", f"'{units[0]}' is brought from one position", "use how='zero'")
@@ -109,13 +113,13 @@ def ablate(
     drop = curves[0][2]
     word = {"zero": "zeroing", "mean": "setting to the mean", "resample": "resampling"}[how]
     answer = " ".join(model.decode(i).strip() for i in ids)
-    notes = [
+    notes += [
         f"log p({answer}) is {float(base.logp):.4g}, its probability {float(base.prob):.4g}, its rank {int(base.rank)}",
         f"without the first {ks[-1]}: log p falls by {float(drop[0, n - 1]):.4g}, the probability by "
         f"{float(drop[1, n - 1]):.4g}, {int(drop[2, n - 1])} places lost",
     ]
-    if len(ranking if ranking is not None else units) > ks[-1]:
-        notes.append(f"the first {ks[-1]} of {len(ranking if ranking is not None else units)} are used")
+    if len(every) > ks[-1]:
+        notes.append(f"the first {ks[-1]} of {len(every)} are used")
     if reverse and by_source:
         notes.append("no reverse curve: what heads bring from single positions cannot be all that is left")
     return Series(
@@ -135,10 +139,13 @@ def ablate(
     )
 
 
-def _units(model: Model, ranking: Ranking | None, sites: list[Site] | None, inputs: Inputs) -> list[Unit]:
-    """The components, each there in this model."""
+def _units(
+    model: Model, ranking: Ranking | None, sites: list[Site] | None, inputs: Inputs
+) -> tuple[list[Unit], list[str]]:
+    """The components, each there in this model, and a note where an item of the ranking is left out."""
+    notes: list[str] = []
     if ranking is not None:
-        units = [Unit.parse(item) for item in ranking.items]
+        units, notes = components(ranking.items)
         for unit in units:
             model.expand(unit.whole, inputs)
             if unit.source >= inputs.ids.shape[1]:
@@ -148,8 +155,8 @@ def _units(model: Model, ranking: Ranking | None, sites: list[Site] | None, inpu
             unit for site in model.expand(sites or (), inputs) for unit in Unit.of_site(site, model.anatomy(inputs))
         ]
     if not units:
-        raise ParameterError("components to take away", "the ranking is empty", "give one that names some")
-    return list(dict.fromkeys(units))
+        raise ParameterError("components to take away", "none is named", "give some")
+    return list(dict.fromkeys(units)), notes
 
 
 def _reference(model: Model, prompts: object) -> list[Inputs]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import cutaway
 from cutaway import specimens
 from cutaway.core.errors import CutawayError, ParameterError, SiteRangeError, SiteSyntaxError
 from cutaway.core.inputs import Inputs
@@ -138,6 +139,30 @@ def test_a_ranking_that_was_saved_is_taken(tmp_path):
     assert direct.labels["line"][0] == "top k away"
     for measure in ("probability", "rank"):
         assert ablate(model, "Ada plays", ranking=ranking, measure=measure).measure == f"drop in {measure}"
+
+
+def test_a_ranking_of_another_prompt_is_taken_with_a_note():
+    model = load("planted-llama")
+    ranking = cutaway.run("neuron_attribution", model, prompt="Ada plays", k=3, draws=0)
+    told = [cutaway.run(name, model, prompt="Bea plays", ranking=ranking) for name in ("ablate", "neuron_projection")]
+    for found in told:
+        assert sum("made on another prompt: 'Ada plays'" in note for note in found.notes) == 1
+    ids = model.inputs("Ada plays").ids[0].tolist()
+    for same in ("Ada plays", ids, model.inputs("Ada plays")):
+        assert not any("another prompt" in note for note in ablate(model, same, ranking=ranking).notes)
+    assert not any(
+        "another prompt" in n for n in ablate(model, "Bea plays", ranking=ranking.replace(made_by=None)).notes
+    )
+
+
+def test_the_embedding_of_a_ranking_is_left_out():
+    model = load("planted-llama")
+    ranking = Ranking(items=["embed", "L1.mlp.act[2]", "L1.mlp.act[4]"], scores=[3.0, 2.0, 1.0])
+    found = ablate(model, "Ada plays", ranking=ranking)
+    assert found.x.tolist() == [1, 2]
+    assert "'embed' is left out: the embedding is no component" in found.notes
+    with pytest.raises(ParameterError, match="none is named"):
+        ablate(model, "Ada plays", ranking=Ranking(items=["embed"], scores=[1.0]))
 
 
 def test_refusals():
