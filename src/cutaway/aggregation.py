@@ -90,6 +90,8 @@ def aggregate(
         takes = ", ".join(record.parameters) or "none"
         found = f"it takes {takes} and no prompt"
         raise ParameterError(f"method {method!r} over many prompts", found, "choose another")
+    if "prompt" in given:
+        raise ParameterError("a setting 'prompt'", "the prompts are given beside the settings", "leave it out")
     record.bind((), {**given, "prompt": "x"})
     every = suite(prompts) if isinstance(prompts, str) else prompts
     chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, min(limit, len(every))).round().astype(int))]
@@ -118,7 +120,7 @@ def _run(model: Model, record: Method, cases: Sequence[Case], settings: dict[str
     seen = Seen()
     for number, case in enumerate(track(cases, record.name, total=len(cases))):
         try:
-            result = record.run(model, **settings, **_asked(model, record, case, settings))
+            result = record.run(model, **{**settings, **_asked(model, record, case, settings)})
             values = values_of(result, sources)
         except CutawayError as error:
             seen.failed.append((number, str(error)))
@@ -141,10 +143,10 @@ def _asked(model: Model, record: Method, case: Case, settings: dict[str, str]) -
             if name not in record.parameters:
                 raise ParameterError(f"a case with {name!r}", f"{record.name} has no such parameter", "leave it out")
             found[name] = value
-    if case.answer and "target" in record.parameters and not {"target"} & (found.keys() | settings.keys()):
+    if case.answer and "target" in record.parameters and "target" not in {*found, *settings}:
         with suppress(TokenError):  # an answer of several tokens: the model's own first one is looked at
             found["target"] = model.token(case.answer)
-    return {name: value for name, value in found.items() if name not in settings or name == "prompt"}
+    return found
 
 
 def values_of(result: Result, sources: bool = False) -> dict[str, float]:
@@ -168,7 +170,9 @@ def values_of(result: Result, sources: bool = False) -> dict[str, float]:
     if isinstance(result, Readout) and result.target_log_prob is not None:
         last = result.target_log_prob[:, -1].tolist()
         return {f"layer {layer}": value for layer, value in zip(result.along("layer"), last, strict=True)}
-    found_kind = f"it gives a {result.kind}" + (" without a target" if isinstance(result, Readout) else "")
+    found_kind = f"its result is of the kind {result.kind!r}" + (
+        " without a target" if isinstance(result, Readout) else ""
+    )
     raise ParameterError("aggregate", found_kind, "choose a method that ranks components, or name a target")
 
 

@@ -61,13 +61,24 @@ def test_prompts_that_fail_are_named_and_the_rest_goes_on() -> None:
         aggregate(model, "neuron_attribution", cases[1:2])
 
 
+def test_what_a_case_brings_comes_before_the_settings() -> None:
+    model = cutaway.load("planted-llama")
+    case = {"prompt": "Ada plays", "target": TRUTHS[1]["answer"]}
+    found = aggregate(model, "neuron_attribution", [case], settings={"target": TRUTHS[0]["answer"], "draws": 0})
+    alone = cutaway.run("neuron_attribution", model, prompt="Ada plays", target=TRUTHS[1]["answer"], draws=0)
+    assert found.items[0] == alone.items[0]
+    assert found.scores[0] == pytest.approx(alone.scores[0])
+    with pytest.raises(ParameterError, match="a setting 'prompt': the prompts are given beside the settings"):
+        aggregate(model, "neuron_attribution", [case], settings={"prompt": "Ada plays"})
+
+
 def test_what_heads_bring_from_positions_is_added_up_unless_told_otherwise() -> None:
     ranking = Ranking(items=("L0.attn.z[1] from 2", "L0.attn.z[1] from 3", "L1.mlp.act[0]"), scores=[1.0, 0.5, 2.0])
     assert values_of(ranking) == {"L0.attn.z[1]": 1.5, "L1.mlp.act[0]": 2.0}
     assert len(values_of(ranking, sources=True)) == 3
     grid = Grid(values=[[1.0, np.nan]], axes=("layer", "position"), labels={"position": (" Ada", " Bea")})
     assert values_of(grid) == {"layer 0, position 0": 1.0}
-    with pytest.raises(ParameterError, match="it gives a table"):
+    with pytest.raises(ParameterError, match="its result is of the kind 'table'"):
         values_of(Table(columns={"a": [1]}))
 
 
