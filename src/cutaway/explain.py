@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import annotated_types
 
-from cutaway.core.errors import CutawayError, InputError, ParameterError, UnsupportedError
+from cutaway.core.errors import CutawayError, ParameterError, UnsupportedError
 from cutaway.core.method import method
 from cutaway.core.params import Count, Image, Prompt, Target
 from cutaway.core.progress import track
@@ -180,8 +180,6 @@ def explain(
         UnsupportedError: a model whose structure is not understood.
     """
     batch = unpadded(model.inputs(prompt, image))
-    if "image" in batch.roles[0] and not batch.has_images:
-        raise InputError("the prompt", "it has a place for an image, and none is given", "give one: image='photo.png'")
     model.anatomy(batch)
     seen = Remembered.of(model, batch)
     seen.prefetch(batch)

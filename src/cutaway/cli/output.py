@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,18 @@ def check_targets(out: Sequence[Path], overwrite: bool) -> None:
             other = "a file" if not path.is_dir() else next((e.name for e in path.iterdir() if e.name not in OURS), "")
             if other:
                 raise ResultError(asked, f"it is or holds {other}, which is no result", "choose another folder")
+        _check_room(path)
+
+
+def _check_room(path: Path) -> None:
+    """ResultError when nothing can be made where ``path`` will lie: something is made there, and taken away again."""
+    there = next(each for each in path.absolute().parents if each.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".cutaway-", dir=there):
+            pass
+    except OSError as error:
+        found = f"nothing can be made in {str(there)!r} ({error.strerror or error})"
+        raise ResultError(f"writing {str(path)!r}", found, "choose another place") from None
 
 
 def deliver(result: Result, out: Sequence[Path], as_json: bool, overwrite: bool = False) -> None:

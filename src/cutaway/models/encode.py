@@ -56,7 +56,7 @@ class Encoder:
         if len(ids) > 1:
             split = ", ".join(f"{self.decode(i)!r} #{i}" for i in ids)
             listed = ", ".join(f"#{i}" for i in ids)
-            hint = f"name one of them, or score all by teacher forcing with the metric 'answer: {listed}'"
+            hint = f"name one of them; methods with a metric score all of them: 'answer: {listed}'"
             spaced = self.tokenizer.encode(" " + text, add_special_tokens=False)
             if len(spaced) == 1 and not text.startswith(" "):
                 hint = f'with a leading space it is one token: " {text}" (#{spaced[0]}); or {hint}'

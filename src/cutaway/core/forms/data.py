@@ -136,8 +136,8 @@ class ImageForm(Form):
         from PIL import Image as PILImages
 
         try:
-            image = PILImages.open(value)
-            image.load()
+            with PILImages.open(value) as image:
+                image.load()
         except FileNotFoundError:
             raise ImageError(f"image {value!r}", "there is no such file", "give the path of an image") from None
         except (OSError, ValueError, PILImages.DecompressionBombError) as error:
