@@ -16,7 +16,7 @@ from rich.console import Console
 import cutaway
 from cutaway import specimens
 from cutaway.cli import main
-from cutaway.core.errors import ParameterError, ResultError, TokenError, UnsupportedError, WeightsError
+from cutaway.core.errors import ImageError, ParameterError, ResultError, TokenError, UnsupportedError, WeightsError
 from cutaway.data import Scenes
 from cutaway.explain import PARTS, explain
 from cutaway.models.handle import Model
@@ -231,6 +231,54 @@ def test_a_folder_that_holds_something_else_is_refused_before_the_run(
     assert "a place for an image, and none is given" in capsys.readouterr().err
     assert main(["explain", "twon"]) == 2
     assert "did you mean 'town'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["query_neurons", "logit_flow", "neuron_attribution", "neuron_projection", "ablate"])
+def test_a_place_for_an_image_without_an_image_is_refused(method: str) -> None:
+    given = {"sites": "L1.mlp.act[0]"} if method in ("neuron_projection", "ablate") else {}
+    with pytest.raises(ImageError, match="a place for an image, and none is given; give one"):
+        cutaway.run(method, cutaway.load("scenes"), prompt="<image> What colour is the square?", **given)
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cutaway.explain.PARTS", {"none": None})
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "why", tmp_path / "file" / "why.html"):
+        assert main(["explain", "planted-llama", "--out", str(out)]) == 1
+        assert f"nothing can be made in '{tmp_path}/file' (Not a directory)" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_gain_is_told_as_one_and_is_no_proof() -> None:
+    told = explain(cutaway.load("town"), "Eric Young lives in", target=" Alder")
+    assert told["heads"].proof.effect[-1] < 0
+    assert "heads" in told.unproved
+    assert any("log p(target) rises by" in line for line in told.story)
+    assert not any("next to nothing" in line for line in told.caveats)
+
+
+def test_chips_wrap_and_missing_numbers_are_blank() -> None:
+    told = explain(cutaway.load("planted-llama"), "Ada plays", k=1)
+    assert np.isnan(np.asarray(told["heads"].columns["drop without it"], dtype=float)).any()
+    page = told.page()
+    assert page.count("<wbr>") == len(told.tokens) - 1
+    assert ">nan<" not in page
+
+
+def test_a_narrow_terminal_still_names_tokens(town: Explanation) -> None:
+    text = io.StringIO()
+    Console(file=text, width=80).print(town.summary())
+    assert "from ‘Young’" in text.getvalue() or "from ‘Eric’" in text.getvalue()
+
+
+def test_made_of_inputs_there_is_no_command(tmp_path: Path) -> None:
+    model = cutaway.load("scenes")
+    scene, question = Scenes(seed=0).exam(1, "colour")[0]
+    told = cutaway.run("explain", model, prompt=model.inputs(question.prompt, image=scene.image()))
+    assert told.command == ""
+    assert "in memory" in told.page()
 
 
 def test_a_model_that_is_no_specimen_needs_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 EMPTY = "nothing to draw: the result is empty"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 LONGEST_LABEL = 18
+LONGEST_PANEL = 24  # characters of the name of a panel
 LABEL_PIXELS = 11  # room that one line of label text needs
 CHARACTER_PIXELS = 6.0
 NARROWEST_SIDE = 96  # pixels that the title of an axis needs beside it
@@ -236,7 +237,8 @@ def heat(
 
 def panels(body: Spec, labels: Sequence[Any], title: str, across: int) -> Spec:
     """``body`` repeated for every value of the field ``panel``, ``across`` of them in a row."""
-    header = {"title": title, "labelExpr": f"{json.dumps([shown(each) for each in labels])}[datum.value]"}
+    names = [shown(each, LONGEST_PANEL) for each in labels]
+    header = {"title": title, "labelExpr": f"{json.dumps(names)}[datum.value]"}
     facet = {"field": "panel", "type": "ordinal", "header": header}
     return {"facet": facet, "columns": across, "spec": body}
 

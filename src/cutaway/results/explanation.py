@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cutaway.core.errors import ResultError, nearest
+from cutaway.core.forms.base import IN_MEMORY
 from cutaway.core.proof import Proof
 from cutaway.core.result import Array, Result, of_results, over
 from cutaway.core.result_file import PAGE, TABLES, WHOLE, put, to_json
@@ -96,8 +97,10 @@ class Explanation(Kind, kind="explanation"):
 
     @property
     def command(self) -> str:
-        """The command line that makes it again; "" where it does not say how it was made."""
-        return self.made_by.command() if self.made_by else ""
+        """The command line that makes it again; "" where it was made of what no command line says."""
+        if self.made_by is None or any(text.startswith(IN_MEMORY) for text in self.made_by.params.values()):
+            return ""
+        return self.made_by.command()
 
     def table(self) -> pandas.DataFrame:
         """Every component that a part ranks: part, item, score, unit."""

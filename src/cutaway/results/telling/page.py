@@ -34,6 +34,7 @@ border-left:5px solid var(--good)}
 .verdict.bad{border-left-color:var(--bad)}
 .verdict p{margin:.15rem 0}ul{padding-left:1.2rem}li{margin:.3rem 0}
 .more{margin:.6rem 0}.more>summary{cursor:pointer;color:var(--faint)}
+.tokens{white-space:pre-wrap;width:max-content;max-width:17rem}
 td .bar{display:inline-block;vertical-align:middle}.scroll{max-height:32rem;width:fit-content;max-width:100%}
 .scroll tr:last-child td{border-bottom:0}
 svg.still{width:min(16rem,60vw);image-rendering:pixelated;border-radius:6px}
@@ -96,7 +97,7 @@ def _prompt(told: Explanation) -> Iterator[str]:
         for at, (text, _) in group:
             share = brought.get(at, 0.0)
             chips.append(_chip(drawing.shown(text, 40), share / most if most else 0.0, "chip", share))
-    yield f'<p class="prompt">{"".join(chips)}</p>'
+    yield f'<p class="prompt">{"<wbr>".join(chips)}</p>'
 
 
 def _chip(text: str, strength: float, kind: str, share: float) -> str:
@@ -128,7 +129,7 @@ def _verdict(told: Explanation) -> Iterator[str]:
         failed = listed([NOUNS.get(name, name) for name in told.unproved])
         lines.append(
             f"<strong>⚠ Not proved: {html.escape(failed)}.</strong> Taking away those named does not "
-            "reliably do more than taking away random others (95 %)."
+            "reliably lower the answer's score more than taking away random others (95 %)."
         )
     if told.proof is not None:
         lines.append(f"{'✓' if told.proof.holds else '⚠'} {html.escape(_capital(told.proof.sentence))}.")
@@ -222,13 +223,18 @@ def _ranked(told: Explanation, name: str) -> str:
         row = [
             f'<span title="{html.escape(item)}">{html.escape(spoken(item))}</span>',
             f'<div class="bar" style="width:{5 * length:.2f}rem"></div> {signed(score)}',
-            *(html.escape(cell_text(each[i])) for each in columns.values()),
+            *(html.escape(_cell(each[i])) for each in columns.values()),
         ]
         if shown:
-            row += [html.escape(_tokens_of(text)) for text in read.get(item, ("", ""))]
+            row += [f'<div class="tokens">{html.escape(_tokens_of(text))}</div>' for text in read.get(item, ("", ""))]
         rows.append(row)
     head = ["component", f"adds ({part.unit})", *columns, *(["raises", "lowers"] if shown else [])]
     return _table([html.escape(each) for each in head], rows)
+
+
+def _cell(value: object) -> str:
+    """A number or text; nothing where there is no number."""
+    return "" if value != value else cell_text(value)  # NaN is the only value that is not itself
 
 
 def _tokens_of(text: str) -> str:

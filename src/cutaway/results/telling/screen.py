@@ -14,8 +14,8 @@ from cutaway.results.telling.words import NOUNS, goal, lengths, percent, place, 
 if TYPE_CHECKING:
     from cutaway.results.explanation import Explanation
 
-ALTERNATIVES, BAR = 5, 8
-WIDTHS = (32, 22, 7, BAR, None)
+ALTERNATIVES, BAR = 5, 5
+WIDTHS = (31, 20, 8, BAR, None)
 LINES = {
     "layers": 3,
     "heads": 3,
@@ -61,6 +61,7 @@ def _answers(told: Explanation) -> Any:
 
 
 def _components(told: Explanation) -> Any:
+    from rich.bar import Bar
     from rich.table import Table
     from rich.text import Text
 
@@ -73,10 +74,10 @@ def _components(told: Explanation) -> Any:
             continue
         for i, length in enumerate(lengths(part)[:most_lines]):
             score = float(part.scores[i])
-            bar = Text("█" * max(1, round(BAR * length)), style="green" if score > 0 else "red")
+            bar = Bar(1, 0, length, width=BAR, color="green" if score > 0 else "red")
             left = [Text(NOUNS[name], style="bold"), _lost(part)][i] if i < 2 else Text()
             table.add_row(
-                left, spoken(str(part.items[i]), "L"), f"{signed(score):>7}", bar, _beside(told, name, part, i)
+                left, spoken(str(part.items[i]), "L"), f"{signed(score):>8}", bar, _beside(told, name, part, i)
             )
     return table
 
