@@ -86,6 +86,8 @@ def test_taking_its_cells_away_costs_more_than_random_cells(name, prompt):
     found = logit_flow(load(name), prompt)
     assert found.proof.n_draws == 5
     assert found.proof.holds, str(found.proof)
+    alone = logit_flow(load(name), prompt, curve=False).proof
+    assert (alone.ks, alone.effect[0]) == (found.proof.ks[-1:], pytest.approx(found.proof.effect[-1], abs=1e-4))
     assert not found.same_as(logit_flow(load(name), prompt))
 
 
