@@ -13,7 +13,7 @@ import torch
 
 from cutaway import catalog
 from cutaway.core.cases import Case
-from cutaway.core.errors import CutawayError, InputError, ParameterError, TokenError
+from cutaway.core.errors import CutawayError, InputError, ParameterError, TokenError, broke
 from cutaway.core.method import Method, method
 from cutaway.core.params import Cases, Count, Settings
 from cutaway.core.progress import track
@@ -124,6 +124,9 @@ def _run(model: Model, record: Method, cases: Sequence[Case], settings: dict[str
             values = values_of(result, sources)
         except CutawayError as error:
             seen.failed.append((number, str(error)))
+            continue
+        except Exception as error:  # noqa: BLE001 - a prompt that breaks must not cost the others
+            seen.failed.append((number, broke(error)))
             continue
         first = sorted(values, key=lambda item: -values[item])[:k]
         seen.values.append(values)

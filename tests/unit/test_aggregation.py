@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import cutaway
-from cutaway import specimens
+from cutaway import catalog, specimens
 from cutaway.aggregation import aggregate, values_of
 from cutaway.cli import main
 from cutaway.core.cases import Case, cases_of, read_cases
 from cutaway.core.errors import InputError, ParameterError, UnknownMethodError
 from cutaway.data import suite, suites
+from cutaway.methods.locate.neuron_attribution import neuron_attribution
 from cutaway.ops.stats import bootstrap_means
 from cutaway.results import Grid, Ranking, Table
 
@@ -59,6 +62,20 @@ def test_prompts_that_fail_are_named_and_the_rest_goes_on() -> None:
     assert any(note.startswith("prompt 2 failed: token 'no such token'") for note in found.notes)
     with pytest.raises(InputError, match="all failed, the first with: token"):
         aggregate(model, "neuron_attribution", cases[1:2])
+
+
+def test_a_prompt_that_breaks_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    record, model = catalog.get("neuron_attribution"), cutaway.load("planted-llama")
+
+    def once(asked: Any, prompt: str, **given: Any) -> Any:
+        if prompt == PROMPTS[0]:
+            message = "a tensor\n of another shape"
+            raise RuntimeError(message)
+        return neuron_attribution(asked, prompt, **given)
+
+    monkeypatch.setattr("cutaway.aggregation.catalog.get", lambda _: replace(record, function=once))
+    found = aggregate(model, "neuron_attribution", PROMPTS[:2], settings={"draws": 0})
+    assert "prompt 1 failed: it broke: RuntimeError: a tensor of another shape" in found.notes
 
 
 def test_what_a_case_brings_comes_before_the_settings() -> None:

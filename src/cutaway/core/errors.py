@@ -125,6 +125,11 @@ class ResultError(CutawayError):
     """A result that cannot be saved, opened or drawn."""
 
 
+def broke(error: Exception) -> str:
+    """What happened, in one line, where an error that is none of ours must not cost the rest."""
+    return f"it broke: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
     """'did you mean a, b?' for the choices closest to ``name``; '' when none is close."""
     close = difflib.get_close_matches(name, list(choices), n=n, cutoff=0.5)
