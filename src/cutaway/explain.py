@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import annotated_types
 
-from cutaway.core.errors import CutawayError, ParameterError, UnsupportedError
+from cutaway.core.errors import CutawayError, ParameterError, UnsupportedError, broke
 from cutaway.core.method import method
 from cutaway.core.params import Count, Image, Prompt, Target
 from cutaway.core.progress import track
@@ -25,7 +25,7 @@ from cutaway.methods.see.logit_lens import logit_lens
 from cutaway.models.handle import Model
 from cutaway.models.remembered import Remembered
 from cutaway.ops.ablation import Ablation
-from cutaway.ops.draws import worthwhile
+from cutaway.ops.draws import UNASKED, worthwhile
 from cutaway.ops.parts import unpadded
 from cutaway.ops.proofs import JOINT, prove_together
 from cutaway.ops.units import Unit
@@ -62,18 +62,14 @@ class Asked:
     seed: int
     found: dict[str, Any]
 
-    def located(self, level: str, k: int = 0) -> Result:
+    @property
+    def scored(self) -> dict[str, Any]:
+        """What the scores of every part are of."""
+        return {"image": self.image, "target": self.target, "versus": self.versus}
+
+    def located(self, level: Any, k: int = 0) -> Result:
         """What components of a level add; the proof of all levels is made together."""
-        return neuron_attribution(
-            self.model,
-            self.prompt,
-            image=self.image,
-            target=self.target,
-            versus=self.versus,
-            level=level,  # type: ignore[arg-type]
-            k=k or self.k,
-            draws=0,
-        )
+        return neuron_attribution(self.model, self.prompt, **self.scored, level=level, k=k or self.k, draws=0)
 
     def need(self, name: str) -> Any:
         """A part that was made before; UnsupportedError when it was refused."""
@@ -94,42 +90,15 @@ def _writes(asked: Asked) -> Result:
 
 
 def _queries(asked: Asked) -> Result:
-    return query_neurons(
-        asked.model,
-        asked.prompt,
-        image=asked.image,
-        target=asked.target,
-        versus=asked.versus,
-        k=asked.k,
-        verify=asked.k,
-        draws=0,
-    )
+    return query_neurons(asked.model, asked.prompt, **asked.scored, k=asked.k, verify=asked.k, draws=0)
 
 
 def _flow(asked: Asked) -> Result:
-    return logit_flow(
-        asked.model,
-        asked.prompt,
-        image=asked.image,
-        target=asked.target,
-        versus=asked.versus,
-        draws=asked.draws,
-        curve=False,
-        seed=asked.seed,
-    )
+    return logit_flow(asked.model, asked.prompt, **asked.scored, draws=asked.draws, seed=asked.seed)
 
 
 def _patches(asked: Asked) -> Result:
-    return image_patches(
-        asked.model,
-        asked.prompt,
-        image=asked.image,
-        target=asked.target,
-        versus=asked.versus,
-        k=asked.k,
-        draws=asked.draws,
-        seed=asked.seed,
-    )
+    return image_patches(asked.model, asked.prompt, **asked.scored, k=asked.k, draws=asked.draws, seed=asked.seed)
 
 
 PARTS: dict[str, Callable[[Asked], Result]] = {
@@ -192,7 +161,7 @@ def explain(
     asked = Asked(seen, prompt, image, token, versus, k, draws, seed, {})
     refused = _make(asked, [name for name in PARTS if name != PATCHES or batch.has_images])
     ablation = Ablation(seen, batch, [token], rival=versus)
-    found, unproved, whole = _proved(asked, ablation, draws, seed)
+    found, unproved, whole = _proved(asked, ablation)
     told = Explanation(
         title=f"what makes {short(model.name)} say {quoted(model.decode(token))}",
         model=model.name,
@@ -223,13 +192,11 @@ def _make(asked: Asked, names: Sequence[str]) -> dict[str, str]:
         except CutawayError as error:
             refused[name] = str(error)
         except Exception as error:  # noqa: BLE001 - a part that breaks must not cost the others
-            refused[name] = f"it broke: {type(error).__name__}: {' '.join(str(error).split())}"
+            refused[name] = broke(error)
     return refused
 
 
-def _proved(
-    asked: Asked, ablation: Ablation, draws: int, seed: int
-) -> tuple[dict[str, Result], dict[str, str], Proof | None]:
+def _proved(asked: Asked, ablation: Ablation) -> tuple[dict[str, Result], dict[str, str], Proof | None]:
     """The parts with their proofs, why some have none, and the proof of heads and neurons together."""
     sets: dict[str, list[Unit]] = {}
     for name, part in asked.found.items():
@@ -237,9 +204,11 @@ def _proved(
             units = [Unit.parse(item) for item in part.items]
             sets[name] = worthwhile(units, part.scores.tolist())[: asked.k]
     alone = sets.get("heads", [])
-    proved = prove_together(ablation, sets, WHOLE, alone, draws, seed, NOUNS)
+    proved = prove_together(ablation, sets, WHOLE, alone, asked.draws, asked.seed, NOUNS)
     parts = {
-        name: part.replace(proof=proved.proofs[name], notes=()) if name in proved.proofs else part
+        name: part.replace(
+            proof=proved.proofs.get(name, part.proof), notes=tuple(n for n in part.notes if n != UNASKED)
+        )
         for name, part in asked.found.items()
     }
     if alone:

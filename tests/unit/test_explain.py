@@ -251,6 +251,15 @@ def test_places_that_cannot_be_written_are_refused_before_the_run(
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
+def test_what_parts_say_of_themselves_is_kept(town: Explanation) -> None:
+    assert any("evaluated exactly" in note for note in town["ffn_neurons"].notes)
+    assert any("value neurons add" in note for note in town["query_neurons"].notes)
+    assert not any("no proof was asked for" in note for part in town.parts.values() for note in part.notes)
+    page = town.page()
+    assert "<summary>Notes of the parts</summary>" in page
+    assert "evaluated exactly" in page
+
+
 def test_a_gain_is_told_as_one_and_is_no_proof() -> None:
     told = explain(cutaway.load("town"), "Eric Young lives in", target=" Alder")
     assert told["heads"].proof.effect[-1] < 0

@@ -16,6 +16,7 @@ from cutaway.ops.units import WHOLE, Family, Unit
 from cutaway.ops.watched import WatchedModel
 
 WORTH = 1e-3  # of the best score: what adds less is not among those that a proof takes away
+UNASKED = "no proof was asked for"  # the note of a result without one
 ROOM = 3  # components that there must be for each that is named
 NAMED, WORTH = 10, 0.01  # most items that a proof of a grid names, and the part of the best score that is worth it
 
@@ -161,7 +162,7 @@ def prove_best(
     Those that score less than a thousandth of the best are not among the components that are taken away.
     """
     if n_draws == 0:
-        return None, ["no proof was asked for"]
+        return None, [UNASKED]
     drawer = Draws(model, worthwhile(units, scores), inputs.ids.shape[1], seed)
     if drawer.most == 0:
         return None, ["no proof: nothing adds to the answer, or there are too few others to compare with"]

@@ -16,7 +16,7 @@ from cutaway.core.params import Count, Image, Prompt, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.engine.occlusion import Occlusion
 from cutaway.models.handle import Model
-from cutaway.ops.draws import ROOM, sizes
+from cutaway.ops.draws import ROOM, UNASKED, sizes
 from cutaway.ops.hops import Sources, sources
 from cutaway.ops.layout import over_pixels
 from cutaway.ops.parts import unpadded
@@ -221,6 +221,8 @@ def _agreement(result: ImageMap) -> list[str]:
     rows: list[dict[str, Any]] = table[(table["map"] == TWO) & (table["other"] == OCCLUSION)].to_dict("records")
     said = []
     for row in rows:
+        if row["pearson"] != row["pearson"]:  # NaN: a map of one patch, or of equal ones
+            continue
         same = "the same patch is on top" if row["same_top"] else "another patch is on top"
         said.append(f"two-hop against occlusion: r = {row['pearson']:.2f}, rank r = {row['spearman']:.2f}, {same}")
         if not row["same_top"]:
@@ -242,7 +244,7 @@ def _proof(
 ) -> tuple[Proof | None, list[str]]:
     """The drop without the top patches of the two-hop map, against as many others drawn at random."""
     if n_draws == 0:
-        return None, ["no proof was asked for"]
+        return None, [UNASKED]
     name = TWO if TWO in maps else OCCLUSION
     here = maps[name][positions]
     order = [positions[i] for i in here.argsort(descending=True, stable=True).tolist()]

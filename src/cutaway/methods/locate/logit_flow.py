@@ -16,7 +16,7 @@ from cutaway.core.params import Count, Image, Prompt, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation
-from cutaway.ops.draws import ROOM, WORTH, proof_of, sizes
+from cutaway.ops.draws import ROOM, UNASKED, WORTH, proof_of, sizes
 from cutaway.ops.parts import take_apart, unpadded
 from cutaway.ops.subkeys import find_values, totals
 from cutaway.ops.units import Unit
@@ -164,7 +164,7 @@ def _proof(
 ) -> tuple[Proof | None, list[str]]:
     """The strongest cells taken away, against random cells of the same flow, of the same layer where it has others."""
     if n_draws == 0:
-        return None, ["no proof was asked for"]
+        return None, [UNASKED]
     pool = _pool(model, values.shape[-1])
     strength = {cell: cell.strength(values) for cell in pool}
     floor = WORTH * max(strength.values(), default=0.0)

@@ -34,7 +34,7 @@ border-left:5px solid var(--good)}
 .verdict.bad{border-left-color:var(--bad)}
 .verdict p{margin:.15rem 0}ul{padding-left:1.2rem}li{margin:.3rem 0}
 .more{margin:.6rem 0}.more>summary{cursor:pointer;color:var(--faint)}
-.tokens{white-space:pre-wrap;width:max-content;max-width:17rem}
+.tokens{white-space:pre-wrap;width:max-content;max-width:20rem}
 td .bar{display:inline-block;vertical-align:middle}.scroll{max-height:32rem;width:fit-content;max-width:100%}
 .scroll tr:last-child td{border-bottom:0}
 svg.still{width:min(16rem,60vw);image-rendering:pixelated;border-radius:6px}
@@ -69,6 +69,7 @@ def page(told: Explanation) -> str:
         *_list("Caveats", told.caveats),
         *_list("Left out", told.left_out),
         *_list("Notes", told.notes),
+        *_parts_notes(told),
         *(pages.provenance(told.made_by) if told.made_by else []),
     ]
     style = STYLE
@@ -135,8 +136,7 @@ def _verdict(told: Explanation) -> Iterator[str]:
         lines.append(f"{'✓' if told.proof.holds else '⚠'} {html.escape(_capital(told.proof.sentence))}.")
     if not told.proofs:
         lines.append("<strong>⚠ No part has a causal proof.</strong>")
-    bad = not told.proved or (told.proof is not None and not told.proof.holds)
-    yield f'<div class="verdict{" bad" if bad else ""}">{"".join(f"<p>{line}</p>" for line in lines)}</div>'
+    yield f'<div class="verdict{"" if told.proved else " bad"}">{"".join(f"<p>{line}</p>" for line in lines)}</div>'
 
 
 def _capital(text: str) -> str:
@@ -282,6 +282,14 @@ def _proof(told: Explanation, picture: Callable[[str, drawing.Spec], str]) -> It
         cells += [f"{random.mean():.2g}", f"{random.max():.2g}", f"{proof.p_value[-1]:.2g}", proof.matched]
         rows.append([html.escape(each) for each in cells])
     yield _table(["taken away", f"drop ({first.unit})", "random, mean", "largest", "p", "matched by"], rows)
+
+
+def _parts_notes(told: Explanation) -> Iterator[str]:
+    """What the parts say of themselves: what was left out, how many were looked at, how well sums add up."""
+    lines = [f"{_title(name)}: {note}" for name, part in told.parts.items() for note in part.notes]
+    if lines:
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+        yield f'<details class="more"><summary>Notes of the parts</summary><ul>{items}</ul></details>'
 
 
 def _list(title: str, lines: Sequence[str]) -> Iterator[str]:
