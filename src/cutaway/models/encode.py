@@ -210,8 +210,12 @@ class Encoder:
             raise ImageError(
                 "an image", f"{name} was loaded without an image processor", "give a model that reads images"
             )
+        if isinstance(prompt, (list, tuple)) and len(prompt) == 1:  # a batch of one text
+            prompt = prompt[0]
         if not isinstance(prompt, str):
-            raise InputError("a prompt with an image", f"got {type(prompt).__name__}", "give one text per call")
+            several = isinstance(prompt, (list, tuple)) and all(isinstance(each, str) for each in prompt)
+            found = f"got {len(prompt)} texts" if several else f"got {type(prompt).__name__}"
+            raise InputError("a prompt with an image", found, "give one text per call")
         opened = [open_image(image) for image in images]
         text = self._place_images(prompt, len(opened))
         try:

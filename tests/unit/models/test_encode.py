@@ -238,7 +238,9 @@ def test_an_image_that_cannot_be_used_is_named(seeing: Model, model: Model, tmp_
             seeing.inputs("what", image=image)
     with pytest.raises(ImageError, match="LlamaForCausalLM was loaded without an image processor"):
         model.inputs("what", image=Image.new("RGB", (8, 8)))
-    with pytest.raises(InputError, match="got list; give one text per call"):
+    with pytest.raises(InputError, match="got 2 texts; give one text per call"):
         seeing.inputs(["what", "is"], image=Image.new("RGB", (8, 8)))
+    with pytest.raises(InputError, match="got Tensor; give one text per call"):
+        seeing.inputs(torch.tensor([5, 6]), image=Image.new("RGB", (8, 8)))
     with pytest.raises(ImageError, match=r"2 image\(s\) of 8x8, 9x9 pixels: the processor refused them"):
         seeing.inputs("what <image>", image=[Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))])

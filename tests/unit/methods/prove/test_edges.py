@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import cutaway
 from cutaway import catalog, specimens
-from cutaway.core.errors import MismatchError, ParameterError, TokenError, UnsupportedError
+from cutaway.core.errors import InputError, MismatchError, ParameterError, TokenError, UnsupportedError
 from cutaway.models.handle import Model
 from cutaway.ops.circuit_runs import CircuitRuns
 from cutaway.ops.fronts import read_fronts
@@ -20,6 +22,7 @@ from cutaway.ops.selection import mask
 from cutaway.ops.wiring import Wiring
 from cutaway.results import Graph
 from tests.architectures import fresh, model
+from tests.unit.models.vlm_folders import SIDE, save
 
 CLEAN, CORRUPT = [70, 71, 72, 73, 74, 75], [70, 90, 72, 93, 74, 75]
 GIVEN = {"clean": CLEAN, "corrupt": CORRUPT, "metric": "logit_diff: #11, #22"}
@@ -121,6 +124,22 @@ def test_keys_and_values_of_a_group_are_one_receiver() -> None:
     }
     assert into == {f"L{i}.attn.k[{g}]" for i in range(3) for g in range(2)}
     assert len(found.weight) == 190
+
+
+def test_a_text_with_an_image_is_scored_and_run(tmp_path: Path) -> None:
+    save("gemma3", tmp_path)
+    seeing = cutaway.load(str(tmp_path))
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (SIDE, SIDE), colour).save(tmp_path / f"{name}.png")
+    images = {"clean_image": str(tmp_path / "red.png"), "corrupt_image": str(tmp_path / "blue.png")}
+    pair = {"clean": "what is here", "corrupt": "what is here", **images, "metric": "logit_diff: red, blue"}
+    found = edges(seeing, **pair, steps=2, verify=2)
+    assert float(np.abs(found.weight).max()) > 1e-3
+    curves = catalog.run("faithfulness", seeing, **pair, graph=found, fractions=[0.5], minimality=1)
+    assert curves.check is not None
+    assert curves.check.holds
+    with pytest.raises(InputError, match="got 2 texts; give one text per call"):
+        edges(seeing, **{**pair, "clean": ["what", "is"], "corrupt": ["what", "is"]})
 
 
 def test_what_cannot_be_scored_is_refused_in_one_sentence() -> None:
