@@ -72,7 +72,8 @@ def read_layer(graph: LayerGraph) -> Layer:
             ("expert.gate", "expert.act"), f"{name} has no experts that transformers' interface serves"
         )
     refused["sae"] = "no dictionary is attached"
-    if graph.start.tensor.ndim > 3:
+    rank = graph.start.tensor.ndim
+    if rank > 3 or (rank == 3 and graph.start.shape[0] != graph.batch):  # XLNet has positions first
         why = f"{name} carries a residual stream of shape {list(graph.start.shape)}, not [batch, pos, d_model]"
         for kind in RESIDUAL:
             read.pop(kind, None), write.pop(kind, None)

@@ -146,9 +146,10 @@ class AttentionSeer:
         if role == "qk":
             return self._qk(func, args, kwargs)
         if role == "pv":
-            pattern = self._see("pattern", args[0], *self._heads(args[0], False))
-            value = self._see("v", args[1], *self._heads(args[1], True), key=True)
-            z = func(pattern, value, *args[2:], **kwargs)
+            at = 1 if name == "einsum" else 0
+            pattern = self._see("pattern", args[at], *self._heads(args[at], False))
+            value = self._see("v", args[at + 1], *self._heads(args[at + 1], True), key=True)
+            z = func(*args[:at], pattern, value, *args[at + 2 :], **kwargs)
             return self._see("z", z, *self._heads(z, True))
         return func(*args, **kwargs)
 

@@ -143,6 +143,14 @@ def test_the_survey_says_verified_partly_or_why_not() -> None:
     assert counts(found.values())["causal-lm"] == dict(zip(STATUSES, (1, 1, 1), strict=True))
 
 
+def test_attention_by_named_products_and_streams_with_positions_first() -> None:
+    named, first = (examine_class(name, "causal-lm") for name in ("ProphetNetForCausalLM", "XLNetLMHeadModel"))
+    assert not named.error
+    assert set(named.refused) == {"final_norm", "readout"}  # it predicts from a second stream
+    for kind in ("resid_pre", "attn.out", "resid_post"):
+        assert "not [batch, pos, d_model]" in first.refused[kind]
+
+
 def test_a_class_whose_claims_fail_is_partly(monkeypatch: pytest.MonkeyPatch) -> None:
     see = seers.AttentionSeer._see
     monkeypatch.setattr(
