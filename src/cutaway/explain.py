@@ -94,7 +94,7 @@ def _queries(asked: Asked) -> Result:
 
 
 def _flow(asked: Asked) -> Result:
-    return logit_flow(asked.model, asked.prompt, **asked.scored, draws=asked.draws, seed=asked.seed)
+    return logit_flow(asked.model, asked.prompt, **asked.scored, draws=asked.draws, curve=False, seed=asked.seed)
 
 
 def _patches(asked: Asked) -> Result:
