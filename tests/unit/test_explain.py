@@ -240,6 +240,14 @@ def test_a_place_for_an_image_without_an_image_is_refused(method: str) -> None:
         cutaway.run(method, cutaway.load("scenes"), prompt="<image> What colour is the square?", **given)
 
 
+@pytest.mark.parametrize("method", ["query_neurons", "logit_flow", "neuron_attribution", "image_patches"])
+def test_a_token_is_no_rival_of_itself(method: str) -> None:
+    model = cutaway.load("scenes")
+    scene, question = Scenes(seed=0).exam(1, "colour")[0]
+    with pytest.raises(ParameterError, match="it is the token that is explained"):
+        cutaway.run(method, model, prompt=question.prompt, image=scene.image(), target="#5", versus="#5")
+
+
 def test_places_that_cannot_be_written_are_refused_before_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cutaway.core.errors import ParameterError
 from cutaway.ops.parts import Group, Parts
 from cutaway.ops.readout import CURVATURE, FrozenReadout
 from cutaway.ops.topk import BLOCK, TopK, certified_topk
@@ -42,7 +43,12 @@ class Goal:
 
     @staticmethod
     def of(readout: FrozenReadout, ids: Sequence[int], rival: int | None = None) -> Goal:
-        """The goal, reading no more tokens than it needs."""
+        """The goal, reading no more tokens than it needs.
+
+        Raises:
+            ParameterError: the rival is the target itself.
+        """
+        refuse_same(ids[0], rival)
         return Goal(readout if rival is None else readout.only((ids[0], rival)), tuple(ids), rival)
 
     @property
@@ -56,6 +62,12 @@ class Goal:
             return self.readout.logp(x, self.at).sum(-1)
         y = self.readout.logits(x)
         return y[..., 0, 0] - y[..., 0, 1]
+
+
+def refuse_same(token: int, rival: int | None) -> None:
+    """ParameterError when a token is its own rival."""
+    if token == rival:
+        raise ParameterError("parameter 'versus'", f"it is the token that is explained, #{token}", "name two tokens")
 
 
 class Baselines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cutaway.core.errors import CutawayError
+from cutaway.core.errors import CutawayError, InputError
 from cutaway.core.forms.data import PromptForm
 from cutaway.core.inputs import Inputs
 from cutaway.core.result import Result
@@ -33,15 +33,20 @@ def other_prompt(model: WatchedModel, prompt: Any, batch: Inputs, made: Result |
     return [] if _words(other) == _words(batch) else [_note(written)]
 
 
-def components(items: Iterable[str]) -> tuple[list[Unit], list[str]]:
+def components(model: WatchedModel, items: Iterable[str], inputs: Inputs) -> tuple[list[Unit], list[str]]:
     """What items of a ranking name, in their order, and a note where the embedding, which is no component, is left out.
 
     Raises:
-        SiteSyntaxError: an item that is no component.
+        SiteError: an item that is no component, or is not there in this model. InputError: a source behind the prompt.
     """
     texts = [str(item) for item in items]
     left_out = [f"{EMBED!r} is left out: the embedding is no component"] if EMBED in texts else []
-    return [Unit.parse(text) for text in texts if text != EMBED], left_out
+    units = [Unit.parse(text) for text in texts if text != EMBED]
+    for unit in units:
+        model.expand(unit.whole, inputs)
+        if unit.source >= inputs.ids.shape[1]:
+            raise InputError(f"component '{unit}'", f"the prompt has {inputs.ids.shape[1]} positions")
+    return units, left_out
 
 
 def _note(written: str) -> str:

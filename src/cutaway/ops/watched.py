@@ -54,6 +54,10 @@ class WatchedModel(Protocol):
         """The structure: ``stacks``, ``tail``, ``refused``."""
         ...
 
+    def expand(self, sites: Any, inputs: Inputs | None = None) -> Any:
+        """The concrete sites that ``sites`` name."""
+        ...
+
     def trace(self, inputs: Any, want: Any = (), do: Any = (), grad: Any = False, *, stop: bool = False) -> Trace:
         """One watched forward pass."""
         ...

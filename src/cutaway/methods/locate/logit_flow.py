@@ -17,6 +17,7 @@ from cutaway.core.proof import Check, Proof
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation
 from cutaway.ops.draws import ROOM, UNASKED, WORTH, proof_of, sizes
+from cutaway.ops.importance import refuse_same
 from cutaway.ops.parts import take_apart, unpadded
 from cutaway.ops.subkeys import find_values, totals
 from cutaway.ops.units import Unit
@@ -94,6 +95,7 @@ def logit_flow(
     """
     batch = unpadded(model.inputs(prompt, image))
     token = int(model(batch)[0, -1].argmax()) if target is None else target
+    refuse_same(token, versus)
     tokens = [token] if versus is None else [token, versus]
     flows = [_flow(model, batch, each, most) for each in tokens]
     values = flows[0].values if versus is None else flows[0].values - flows[1].values

@@ -62,7 +62,7 @@ def neuron_projection(
     batch = unpadded(model.inputs(prompt, image))
     left_out: list[str] = []
     if ranking is not None:
-        units, left_out = components(ranking.items[:most])
+        units, left_out = components(model, ranking.items[:most], batch)
     else:
         found_units = (u for site in model.expand(sites or (), batch) for u in Unit.of_site(site, model.anatomy(batch)))
         units = list(found_units)[:most]

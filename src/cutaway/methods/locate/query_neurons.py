@@ -8,14 +8,14 @@ import annotated_types
 import torch
 from torch import Tensor
 
-from cutaway.core.errors import UnsupportedError
+from cutaway.core.errors import ParameterError, UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.method import method
 from cutaway.core.params import Count, Image, Prompt, Target
 from cutaway.core.proof import Check
 from cutaway.models.handle import Model
 from cutaway.ops.draws import prove_best
-from cutaway.ops.origin import other_prompt
+from cutaway.ops.origin import components, other_prompt
 from cutaway.ops.parts import Level, Parts, take_apart, unpadded
 from cutaway.ops.stats import rank_correlation
 from cutaway.ops.subkeys import ValueNeurons, find_values, read_values, totals
@@ -130,7 +130,10 @@ def _values(
     if ranking is None:
         return find_values(model, batch, token, versus, most, KINDS[which])
     scores = torch.tensor(ranking.scores[:most].tolist(), device=model.device)
-    found = read_values(model, batch, [Unit.parse(item) for item in ranking.items[:most]], scores)
+    if EMBED in ranking.items[:most]:
+        raise ParameterError("the value neurons", "the embedding is none", "give a ranking of neurons")
+    units, _ = components(model, ranking.items[:most], batch)
+    found = read_values(model, batch, units, scores)
     if not found.units:
         asked = f"the value neurons of the ranking in {model.name}"
         raise UnsupportedError(asked, f"none can be read ({'; '.join(found.left_out)})", "")

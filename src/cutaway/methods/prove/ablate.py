@@ -8,7 +8,7 @@ import annotated_types
 import torch
 from torch import Tensor
 
-from cutaway.core.errors import InputError, ParameterError
+from cutaway.core.errors import ParameterError
 from cutaway.core.inputs import Inputs
 from cutaway.core.method import method
 from cutaway.core.params import Count, Image, Prompt, Prompts, Sites, Target
@@ -145,11 +145,7 @@ def _units(
     """The components, each there in this model, and a note where an item of the ranking is left out."""
     notes: list[str] = []
     if ranking is not None:
-        units, notes = components(ranking.items)
-        for unit in units:
-            model.expand(unit.whole, inputs)
-            if unit.source >= inputs.ids.shape[1]:
-                raise InputError(f"component '{unit}'", f"the prompt has {inputs.ids.shape[1]} positions")
+        units, notes = components(model, ranking.items, inputs)
     else:
         units = [
             unit for site in model.expand(sites or (), inputs) for unit in Unit.of_site(site, model.anatomy(inputs))

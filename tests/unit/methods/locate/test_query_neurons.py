@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cutaway import specimens
-from cutaway.core.errors import ParameterError, UnsupportedError
+from cutaway.core.errors import CutawayError, ParameterError, UnsupportedError
 from cutaway.core.intervention import Apply
 from cutaway.core.result_file import open_result
 from cutaway.methods.locate.neuron_attribution import neuron_attribution
@@ -12,6 +12,7 @@ from cutaway.methods.locate.query_neurons import query_neurons
 from cutaway.models.handle import Model
 from cutaway.models.load import load
 from cutaway.models.tiny import tiny
+from cutaway.results.ranking import Ranking
 from recipes.planted import Truth, moves
 
 IDS = [5, 9, 6, 7, 8]
@@ -166,3 +167,12 @@ def test_refusals():
         query_neurons(Model(tiny("BartForCausalLM").hf), IDS)
     with pytest.raises(UnsupportedError, match="more than a norm lies in between"):
         asked("DeepseekV3ForCausalLM", values="attention")
+
+
+def test_value_neurons_that_are_not_there_are_refused():
+    model = load("planted-llama")
+    for item, said in (("L7.mlp.act[0]", "layer 7"), ("L1.mlp.act[999]", "neuron 999"), ("embed", "embedding is none")):
+        with pytest.raises(CutawayError, match=said):
+            query_neurons(model, "Ada plays", ranking=Ranking(items=[item], scores=[1.0]), draws=0)
+    with pytest.raises(CutawayError, match="the prompt has"):
+        query_neurons(model, "Ada plays", ranking=Ranking(items=["L1.attn.z[0/1] from 90"], scores=[1.0]), draws=0)
