@@ -68,11 +68,14 @@ class Pool:
         )
 
     def draw(self, named: Sequence[Unit], avoid: set[Unit], generator: torch.Generator) -> list[Unit]:
-        """As many others as are named, of the same layers where those have others left; none is among ``avoid``."""
+        """As many others as are named, of the same layers where those have others left; none is among ``avoid``.
+
+        Components at one position have others at that position.
+        """
         drawn: list[Unit] = []
         for unit in named:
             drawn.append(self._one([unit.layer], avoid | set(drawn), generator))
-        return drawn
+        return [other._replace(at=unit.at) for other, unit in zip(drawn, named, strict=True)]
 
     def _one(self, layers: Sequence[int], avoid: set[Unit], generator: torch.Generator) -> Unit:
         sizes = {i: self.shapes[i][0] * self.shapes[i][1] * self.shapes[i][2] for i in layers}
@@ -113,7 +116,7 @@ class Draws:
     def draw(self, k: int) -> list[Unit]:
         """As many components as the first k, none of them among those."""
         named = self.units[:k]
-        avoid = set(named)
+        avoid = {unit._replace(at=-1) for unit in named}
         return [u for f, own in _families(named).items() for u in self.pools[f].draw(own, avoid, self.generator)]
 
 

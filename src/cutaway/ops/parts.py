@@ -65,6 +65,11 @@ class Group:
         product = (self.coef.float() * dots[:, None, :]).sum(0)
         return product.unflatten(-1, (-1, self.width)).sum(-1).flatten()
 
+    def by_position(self, g: Tensor) -> Tensor:
+        """[R, n] the same inner products, not summed."""
+        product = self.coef.float() * (self.writer.pull(g) @ self.rows.float().T)[:, None, :]
+        return product.unflatten(-1, (-1, self.width)).sum(-1).flatten(1)
+
     def vectors(self, index: Tensor) -> Tensor:
         """[b, R, d] what the elements at ``index`` [b] add to the residual stream."""
         source, j = index // self.per_source, index % self.per_source

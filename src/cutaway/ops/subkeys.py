@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +75,10 @@ class ValueNeurons:
     coefficients: Tensor
     reads: tuple[Read, ...]
     missing: dict[str, str] = field(default_factory=dict)
+
+    def signed(self, sign: float) -> ValueNeurons:
+        """The same, scored by their coefficients times ``sign``."""
+        return replace(self, scores=self.coefficients * sign)
 
     @property
     def positions(self) -> tuple[int, ...]:
