@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 
 from cutaway.core.errors import MethodError
-from cutaway.core.forms.base import Form, ListOf, Plain
+from cutaway.core.forms.base import DrawsForm, Form, ListOf, Plain
 from cutaway.core.forms.cases import CasesForm, SettingsForm
 from cutaway.core.forms.data import ImageForm, PromptForm, PromptsForm, ResultForm
 from cutaway.core.forms.places import (
@@ -59,6 +59,8 @@ Cases = Annotated[Any, CasesForm()]
 Settings = Annotated[Any, SettingsForm()]
 Count = Annotated[int, annotated_types.Ge(1)]
 """A whole number, at least 1."""
+DrawCount = Annotated[int, DrawsForm()]
+"""How many random draws a proof compares with; 0 for no proof."""
 Fraction = Annotated[float, annotated_types.Ge(0), annotated_types.Le(1)]
 """A number from 0 to 1."""
 
@@ -128,6 +130,7 @@ __all__ = [
     "Cases",
     "Settings",
     "Count",
+    "DrawCount",
     "Fraction",
     "form_of",
     "without_none",

@@ -271,3 +271,11 @@ def test_optional_types_are_taken_apart() -> None:
 @pytest.mark.parametrize("items", [ODD, ["a"], [""], ["a", ""], [], ["a, b", "c"]])
 def test_lists_read_back(items: list[str]) -> None:
     assert split_list(join_list(items)) == items
+
+
+@pytest.mark.parametrize("few", ["1", "4", "-1", "two"])
+def test_a_proof_takes_enough_draws_or_none(few: str) -> None:
+    form = form_of(params.DrawCount)
+    assert [form.parse(text) for text in ("0", "5", "12")] == [0, 5, 12]
+    with pytest.raises(ValueError, match=r"at least 5, or 0|valid integer"):
+        form.parse(few)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cutaway.core.proof import Proof
+
 if TYPE_CHECKING:
     import torch
 
@@ -129,6 +131,19 @@ class Plain(Form):
         from pydantic import TypeAdapter
 
         return TypeAdapter(self.annotation).json_schema()
+
+
+class DrawsForm(Plain):
+    """How many random draws a proof compares with: enough of them, or none."""
+
+    def __init__(self) -> None:
+        super().__init__(int, "whole number", f"a whole number (at least {Proof.MIN_DRAWS}; 0 leaves the proof out)")
+
+    def accept(self, given: Any) -> Any:
+        n = super().accept(given)
+        if n < 0 or 0 < n < Proof.MIN_DRAWS:
+            raise ValueError(f"it is {n}; give at least {Proof.MIN_DRAWS}, or 0 for no proof")
+        return n
 
 
 class ListOf(Form):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import annotated_types
 import torch
 from torch import Tensor
 
@@ -16,13 +15,13 @@ from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Intervention, Zero
 from cutaway.core.method import method
 from cutaway.core.metric import Metric
-from cutaway.core.params import Count, Image, Interventions, Layers, Prompts, Target
+from cutaway.core.params import Count, DrawCount, Image, Interventions, Layers, Prompts, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.engine.replay import replay
 from cutaway.models.handle import Model
 from cutaway.models.load import load
 from cutaway.ops.comparison import Case, Comparison
-from cutaway.ops.draws import Draws, proof_of, sizes
+from cutaway.ops.draws import UNASKED, Draws, proof_of, sizes
 from cutaway.ops.importance import Goal
 from cutaway.ops.maskkeep import MaskKeep, mask_and_keep
 from cutaway.ops.parts import take_apart, unpadded
@@ -48,7 +47,7 @@ def compare_neurons(
     score: Literal["difference", "lost"] = "difference",
     changed: bool = False,
     k: Count = 30,
-    draws: Annotated[int, annotated_types.Ge(0)] = 5,
+    draws: DrawCount = 5,
     seed: int = 0,
 ) -> Ranking:
     """FFN neurons by how much less they add to the answer in a second run that differs in one thing, in nats.
@@ -258,7 +257,7 @@ def _left(
     shared = len(set(index.tolist()) & set(plain.tolist()))
     notes = [f"{shared} of the {len(index)} are among the {len(plain)} of most plain importance"]
     if n_draws == 0:
-        return None, [*notes, "no proof was asked for"]
+        return None, [*notes, UNASKED]
     named, baseline = compared.units(index), compared.units(plain)
     drawer = Draws(model, named, max(row.ids.shape[1] for row in rows), seed)
     most = min(drawer.most, len(named), len(baseline))

@@ -11,11 +11,11 @@ from torch import Tensor
 from cutaway.core.errors import InputError, ParameterError, SiteMissingError, UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.method import method
-from cutaway.core.params import Count, Prompts, Target
+from cutaway.core.params import Count, DrawCount, Prompts, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation
-from cutaway.ops.draws import Draws, proof_of, sizes
+from cutaway.ops.draws import UNASKED, Draws, proof_of, sizes
 from cutaway.ops.ov import NOTHING, circuits
 from cutaway.ops.relations import attention_by_chance, attention_on, label_signs, relations
 from cutaway.ops.texts import labelled_tokens, plain_ids, repeated_tokens
@@ -40,7 +40,7 @@ def head_kinds(
     tokens: Annotated[int, annotated_types.Ge(2)] = 512,
     prove: KindName = "induction",
     k: Count = 3,
-    draws: Annotated[int, annotated_types.Ge(0)] = 5,
+    draws: DrawCount = 5,
     seed: int = 0,
 ) -> Grid:
     """How much each head is of each kind: previous token, duplicate token, induction, copying, in-context.
@@ -181,7 +181,7 @@ def _proof(
 ) -> tuple[Proof | None, list[str]]:
     """What the tokens said again, or the answers, lose without the heads of one kind."""
     if n_draws == 0:
-        return None, ["no proof was asked for"]
+        return None, [UNASKED]
     drawer = Draws(model, units, texts.ids.shape[1], seed)
     if drawer.most == 0:
         return None, [f"no proof: no head is of kind {prove!r}, or there are too few others to compare with"]

@@ -12,7 +12,7 @@ from cutaway.core.errors import ImageError, ParameterError, SiteMissingError, Un
 from cutaway.core.inputs import Inputs, PatchGrid
 from cutaway.core.method import method
 from cutaway.core.metric import Metric
-from cutaway.core.params import Count, Image, Prompt, Target
+from cutaway.core.params import Count, DrawCount, Image, Prompt, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.engine.occlusion import Occlusion
 from cutaway.models.handle import Model
@@ -39,7 +39,7 @@ def image_patches(
     block: Count = 1,
     low: float = 0.2,
     k: Count = 10,
-    draws: Annotated[int, annotated_types.Ge(0)] = 5,
+    draws: DrawCount = 5,
     seed: int = 0,
 ) -> ImageMap:
     """What each image patch brings to the answer, in nats: four maps side by side, none of them rescaled.

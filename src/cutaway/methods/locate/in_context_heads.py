@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import annotated_types
 import torch
 from torch import Tensor
 
@@ -13,12 +12,12 @@ from cutaway.core.errors import ParameterError, SiteMissingError
 from cutaway.core.intervention import Zero
 from cutaway.core.method import method
 from cutaway.core.metric import Metric
-from cutaway.core.params import Count, Layers, Prompts, Target
+from cutaway.core.params import Count, DrawCount, Layers, Prompts, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.engine.replay import replay
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation
-from cutaway.ops.draws import Draws, proof_of, sizes
+from cutaway.ops.draws import UNASKED, Draws, proof_of, sizes
 from cutaway.ops.labelled import Labelled, labelled
 from cutaway.ops.readout import Head
 from cutaway.ops.towers import Reading, read
@@ -40,7 +39,7 @@ def in_context_heads(
     gold: list[Target] | None = None,
     layers: Layers | None = None,
     k: Count = 10,
-    draws: Annotated[int, annotated_types.Ge(0)] = 5,
+    draws: DrawCount = 5,
     seed: int = 0,
 ) -> Ranking:
     """Heads by what they add to the right label's log-probability, and whether the model needs them for it, in nats.
@@ -201,7 +200,7 @@ def _proof(
 ) -> tuple[Proof | None, list[str]]:
     """What the right labels lose without the heads found, together, against random ones."""
     if n_draws == 0:
-        return None, ["no proof was asked for"]
+        return None, [UNASKED]
     drawer = Draws(model, units, max(prompt.inputs.ids.shape[1] for prompt in asked), seed)
     if drawer.most == 0:
         return None, ["no proof: no head was found, or there are too few others to compare with"]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import annotated_types
 import torch
 from torch import Tensor
 
 from cutaway.core.inputs import Inputs
 from cutaway.core.method import method
-from cutaway.core.params import Count, Image, Prompt, Target
+from cutaway.core.params import Count, DrawCount, Image, Prompt, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.core.site import Items
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation
-from cutaway.ops.draws import Draws, prove, sizes
+from cutaway.ops.draws import UNASKED, Draws, prove, sizes
 from cutaway.ops.flow import Flow, Routes, flow, routes
 from cutaway.ops.parts import unpadded
 from cutaway.ops.units import Unit
@@ -34,7 +33,7 @@ def information_flow(
     share: Literal["proximity", "projection"] = "proximity",
     target: Target | None = None,
     k: Count = 3,
-    draws: Annotated[int, annotated_types.Ge(0)] = 5,
+    draws: DrawCount = 5,
     seed: int = 0,
 ) -> Graph:
     """The paths from the tokens to the last state, by the share of it that came along each, from one forward pass.
@@ -194,7 +193,7 @@ def _proof(
     seed: int,
 ) -> tuple[Proof | None, list[str]]:
     if n_draws == 0:
-        return None, ["no proof was asked for"]
+        return None, [UNASKED]
     if place != inputs.ids.shape[1] - 1:
         return None, ["no proof: answers are read at the last position alone"]
     units = [unit for unit, weight in strongest[:k] if weight >= WORTH * strongest[0][1] > 0]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-import annotated_types
 import torch
 from torch import Tensor
 
 from cutaway.core.inputs import Inputs
 from cutaway.core.method import method
-from cutaway.core.params import Count, Image, Prompt, Target
+from cutaway.core.params import Count, DrawCount, Image, Prompt, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation
@@ -63,7 +62,7 @@ def logit_flow(
     target: Target | None = None,
     versus: Target | None = None,
     most: Count = 100,
-    draws: Annotated[int, annotated_types.Ge(0)] = 5,
+    draws: DrawCount = 5,
     curve: bool = True,
     seed: int = 0,
 ) -> Grid:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-import annotated_types
 import torch
 
 from cutaway.core.errors import ParameterError, UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.method import method
-from cutaway.core.params import Count, Image, Prompt, Target
+from cutaway.core.params import Count, DrawCount, Image, Prompt, Target
 from cutaway.core.proof import Check
 from cutaway.models.handle import Model
 from cutaway.ops.draws import prove_best
@@ -41,7 +40,7 @@ def neuron_attribution(
     level: LevelName = "neuron",
     k: Count = 30,
     scale: Literal["final", "own", "none"] = "final",
-    draws: Annotated[int, annotated_types.Ge(0)] = 5,
+    draws: DrawCount = 5,
     seed: int = 0,
 ) -> Ranking:
     """What each layer, head or neuron adds to the log-probability of the answer, in nats.

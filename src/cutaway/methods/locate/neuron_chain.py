@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import annotated_types
 import torch
 from torch import Tensor
 
@@ -13,10 +12,10 @@ from cutaway.core.errors import ParameterError
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Zero
 from cutaway.core.method import method
-from cutaway.core.params import Count, Image, Prompt, Sites
+from cutaway.core.params import Count, DrawCount, Image, Prompt, Sites
 from cutaway.core.proof import Check, Proof
 from cutaway.models.handle import Model
-from cutaway.ops.draws import Draws, sizes
+from cutaway.ops.draws import UNASKED, Draws, sizes
 from cutaway.ops.parts import Group, Parts, take_apart, unpadded
 from cutaway.ops.subkeys import read_values, totals
 from cutaway.ops.units import Unit
@@ -40,7 +39,7 @@ def neuron_chain(
     image: Image | None = None,
     most: Count = 30,
     k: Count = 3,
-    draws: Annotated[int, annotated_types.Ge(0)] = 5,
+    draws: DrawCount = 5,
     seed: int = 0,
 ) -> Graph:
     """How much of each neuron's activation every shallower one of them brought, and what heads brought it from where.
@@ -187,7 +186,7 @@ def _proof(
 ) -> tuple[Proof | None, list[str]]:
     """The share of the other neurons' activations that goes when the roots are zeroed, against random ones."""
     if n_draws == 0:
-        return None, ["no proof was asked for"]
+        return None, [UNASKED]
     others = [unit for unit in units if unit not in roots]
     drawer = Draws(model, roots, inputs.ids.shape[1], seed)
     if drawer.most == 0 or not others:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cutaway.core.errors import ParameterError, UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.method import method
-from cutaway.core.params import Count, Image, Prompt, Target
+from cutaway.core.params import Count, DrawCount, Image, Prompt, Target
 from cutaway.core.proof import Check
 from cutaway.models.handle import Model
 from cutaway.ops.draws import prove_best
@@ -55,7 +55,7 @@ def query_neurons(
     most: Count = 30,
     k: Count = 30,
     verify: Annotated[int, annotated_types.Ge(0)] = 30,
-    draws: Annotated[int, annotated_types.Ge(0)] = 5,
+    draws: DrawCount = 5,
     seed: int = 0,
 ) -> Ranking:
     """What switched on the neurons that raise the answer, in the nats of those it switched on.

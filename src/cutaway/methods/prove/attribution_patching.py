@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cutaway.core.errors import ParameterError
 from cutaway.core.method import method
-from cutaway.core.params import Count, Image, Layers, MetricLike, Positions, Prompt
+from cutaway.core.params import Count, DrawCount, Image, Layers, MetricLike, Positions, Prompt
 from cutaway.core.proof import Check, Proof
 from cutaway.engine.estimate import Estimate, estimate, measured
 from cutaway.engine.patching import Cells, Direction, Exchange, Kind
@@ -53,7 +53,7 @@ def attribution_patching(
     verify: Annotated[int, annotated_types.Ge(0)] = 10,
     clean_image: Image | None = None,
     corrupt_image: Image | None = None,
-    draws: Annotated[int, annotated_types.Ge(0)] = Proof.MIN_DRAWS,
+    draws: DrawCount = Proof.MIN_DRAWS,
     seed: int = 0,
     budget: Count = BUDGET,
 ) -> Grid:
@@ -93,8 +93,6 @@ def attribution_patching(
         MismatchError: prompts of different token length, naming the tokens. ParameterError: ``by`` does not fit the
         kind, the metric has no gradient, or both runs give the same value. TokenError: a token that is none.
     """
-    if 0 < draws < Proof.MIN_DRAWS:
-        raise ParameterError("draws", f"{draws}", f"give at least {Proof.MIN_DRAWS}, or 0 for no proof")
     exchange = Exchange.of(model, clean, corrupt, metric, direction, (clean_image, corrupt_image))
     cells = Cells.of(model, kind, by, layers, positions, blocks, exchange.prompt)
     found = estimate(model, exchange, cells.sites, steps)

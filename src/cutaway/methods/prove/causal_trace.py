@@ -14,7 +14,7 @@ from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Add, Intervention, Set
 from cutaway.core.method import method
 from cutaway.core.metric import Metric
-from cutaway.core.params import Count, Image, Layers, MetricLike, Positions, Prompt
+from cutaway.core.params import Count, DrawCount, Image, Layers, MetricLike, Positions, Prompt
 from cutaway.core.proof import Check, Proof
 from cutaway.core.site import Items, Site
 from cutaway.engine.gradients import Run, observe
@@ -48,7 +48,7 @@ def causal_trace(
     positions: Positions = "all",
     normalise: bool = True,
     image: Image | None = None,
-    draws: Annotated[int, annotated_types.Ge(0)] = Proof.MIN_DRAWS,
+    draws: DrawCount = Proof.MIN_DRAWS,
     seed: int = 0,
     budget: Count = BUDGET,
 ) -> Grid:
@@ -85,8 +85,6 @@ def causal_trace(
         InputError: the subject is not in the prompt; the sentence names the tokens. ParameterError: the noise changes
         nothing.
     """
-    if 0 < draws < Proof.MIN_DRAWS:
-        raise ParameterError("draws", f"{draws}", f"give at least {Proof.MIN_DRAWS}, or 0 for no proof")
     given = model.inputs(prompt, image)
     if len(given) != 1:
         raise InputError("causal_trace", f"{len(given)} prompts", "give one per call")

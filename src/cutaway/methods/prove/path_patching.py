@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-import annotated_types
 import torch
 from torch import Tensor
 
 from cutaway.core.errors import ParameterError
 from cutaway.core.intervention import Intervention
 from cutaway.core.method import method
-from cutaway.core.params import Count, Image, MetricLike, Positions, Prompt, Sites
+from cutaway.core.params import Count, DrawCount, Image, MetricLike, Positions, Prompt, Sites
 from cutaway.core.proof import Check, Proof
 from cutaway.core.site import Items, Site
 from cutaway.engine.patching import Direction, Exchange
@@ -49,7 +48,7 @@ def path_patching(
     normalise: bool = True,
     clean_image: Image | None = None,
     corrupt_image: Image | None = None,
-    draws: Annotated[int, annotated_types.Ge(0)] = Proof.MIN_DRAWS,
+    draws: DrawCount = Proof.MIN_DRAWS,
     seed: int = 0,
     budget: Count = BUDGET,
 ) -> Grid:
@@ -91,8 +90,6 @@ def path_patching(
         ParameterError: a receiver that is none, no path at all, or both runs give the same value. MismatchError:
         prompts of different token length, naming the tokens. SiteError: a receiver that is not there.
     """
-    if 0 < draws < Proof.MIN_DRAWS:
-        raise ParameterError("draws", f"{draws}", f"give at least {Proof.MIN_DRAWS}, or 0 for no proof")
     exchange = Exchange.of(model, clean, corrupt, metric, direction, (clean_image, corrupt_image))
     ends = receivers_of(model, receivers, exchange, each)
     exchange.prompt.select(positions, "positions")
