@@ -90,8 +90,10 @@ def from_circuit_pt(path: Path, wiring: Wiring | None = None) -> Graph:
     asked = f"circuit file {path.name!r}"
     try:
         held = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError) as error:
-        found = f"it cannot be opened without running code ({str(error).splitlines()[0][:80].rstrip('.')})"
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        why = (str(error).splitlines() or [""])[0][:80].rstrip(".")
+        why = why if " " in why else "it is none that torch wrote"  # a bare number is what pickle says of other files
+        found = f"it cannot be opened without running code ({why})"
         raise ResultError(asked, found, "give the JSON form") from None
     missing = [key for key in NEEDED if not isinstance(held, dict) or key not in held]
     if missing:
@@ -166,9 +168,14 @@ def _ours(config: Any, edges: Edges, name: str, wiring: Wiring | None) -> Graph:
     own, asked = _wiring(config, name), f"circuit file {name!r}"
     if wiring is not None and (own.heads, own.parallel) != (wiring.heads, wiring.parallel):
         raise MismatchError(asked, f"it is of a model with {own}", f"this one has {wiring}")
-    odd = next((key for key in edges if key not in _real(own)), None)
+    real = _real(own)
+    odd = next((key for key in edges if key not in real), None)
     if odd is not None:
         raise ResultError(asked, f"it names an edge {odd[0]}->{odd[1]}, which {own} do not have")
+    unscored = next((key for key, (score, _) in edges.items() if not np.isfinite(score)), None)
+    if unscored is not None:
+        found = f"edge {unscored[0]}->{unscored[1]} has the score {edges[unscored][0]}"
+        raise ResultError(asked, found, "give a finite score for every edge")
     fitted = wiring or own
     number = {}
     for e, (s, r) in enumerate(zip(*fitted.edges, strict=True)):

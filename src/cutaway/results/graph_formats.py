@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cutaway.core.errors import ResultError
+from cutaway.core.errors import CutawayError, ResultError
 from cutaway.ops.wiring import EMBED, LOGITS, Wiring
 from cutaway.results.circuit_files import circuit_json, circuit_pt, from_circuit_json, from_circuit_pt
 from cutaway.results.graph import FOREIGN, Graph
@@ -56,6 +56,16 @@ def read_graph(path: str | Path, wiring: Wiring | None = None) -> Graph:
     asked = f"reading a graph from {str(path)!r}"
     if not path.is_file():
         raise ResultError(asked, "there is no such file")
+    try:
+        return _read(path, asked, wiring)
+    except CutawayError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        found = f"a part of it is not what the format has there ({type(error).__name__}: {error})"
+        raise ResultError(asked, found, "write it again") from None
+
+
+def _read(path: Path, asked: str, wiring: Wiring | None) -> Graph:
     if path.suffix == ".pt":
         return from_circuit_pt(path, wiring)
     try:

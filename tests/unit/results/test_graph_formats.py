@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cutaway.core.errors import MismatchError, ResultError
 from cutaway.ops.wiring import Wiring
 from cutaway.results import Graph, open_result
 from cutaway.results.circuit import circuit
+from cutaway.results.circuit_files import _real, from_circuit_json
 from cutaway.results.graph_formats import from_networkx, read_graph
 from tests.architectures import model
 
@@ -118,6 +120,10 @@ def test_circuit_files_that_cannot_be_read_are_refused(plain: Graph, tmp_path: P
     refused("edge 'a0.h0' does not read as one", edges={"a0.h0": {"score": 1}})
     refused("does not say how many layers", cfg={})
     refused("chooses neurons", nodes={"m0": {"in_graph": True, "neurons": [True]}})
+    refused("edge input->logits has the score nan", edges={"input->logits": {"score": float("nan")}})
+    refused("is not what the format has there", edges={"input->logits": {"score": "high"}})
+    refused("is not what the format has there", edges=[1])
+    refused("is not what the format has there", nodes=[1])
     with pytest.raises(ResultError, match="there is no such file"):
         read_graph(tmp_path / "none.json")
     (tmp_path / "odd.json").write_text('{"a": 1}')
@@ -129,6 +135,40 @@ def test_circuit_files_that_cannot_be_read_are_refused(plain: Graph, tmp_path: P
     torch.save({"cfg": Path("code")}, tmp_path / "code.pt")
     with pytest.raises(ResultError, match="cannot be opened without running code"):
         read_graph(tmp_path / "code.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ResultError, match="it is none that torch wrote"):
+        read_graph(tmp_path / "text.pt")
+    scored = torch.load(plain.write(tmp_path / "x.pt"), weights_only=True)
+    torch.save({**scored, "edges_scores": [1.0]}, tmp_path / "list.pt")
+    with pytest.raises(ResultError, match="is not what the format has there"):
+        read_graph(tmp_path / "list.pt")
+
+
+def test_a_circuit_of_a_model_of_gpt2_small_s_size_is_read_in_no_time() -> None:
+    wiring = Wiring((12,) * 12, (12,) * 12, (False,) * 12)
+    edges = {f"{a}->{b}" + (f"<{into}>" if into else ""): {"score": 1.0} for a, b, into in _real(wiring)}
+    held = {"cfg": {"n_layers": 12, "n_heads": 12, "d_model": 768}, "edges": edges}
+    start = time.process_time()
+    assert len(from_circuit_json(held, "whole").weight) == 32_491
+    assert time.process_time() - start < 30.0  # a second; an hour when every edge is looked up in a set of its own
+
+
+@pytest.mark.parametrize(
+    ("part", "broken"),
+    [
+        ("nodes", {"a": 1}),
+        ("nodes", [3]),
+        ("links", 3),
+        ("links", [[1, 2]]),
+        ("links", [{"source": "x"}]),
+        ("metadata", [1]),
+    ],
+)
+def test_damaged_attribution_graphs_are_refused(plain: Graph, part: str, broken: Any, tmp_path: Path) -> None:
+    path = plain.write(tmp_path / "x.attribution.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: broken}))
+    with pytest.raises(ResultError, match=r"reading a graph from '.*': a part of it is not what the format has there"):
+        read_graph(path)
 
 
 @pytest.mark.parametrize("name", ["dense", "grouped-query"])
