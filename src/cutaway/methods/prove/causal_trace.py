@@ -138,6 +138,11 @@ def causal_trace(
         notes=(
             f"{metric}: {trace.clean.value(metric):.6g} without noise, {float(noised.mean()):.6g} with it (standard "
             f"deviation {float(noised.std()) if samples > 1 else 0.0:.3g} over {samples} draws, {metric.unit})",
+            *(
+                ["the noise does not take the metric away, it raises it: cells are shares of that rise"]
+                if taken < 0 and normalise
+                else []
+            ),
             f"noise of {noise:g} standard deviations ({trace.size:.4g}) on tokens {trace.subject}",
             f"{window} layer{'s'[: window > 1]} restored per cell; how: {trace.how}",
             *(["no proof: nothing comes back, or there are too few cells"] if draws and proof is None else []),

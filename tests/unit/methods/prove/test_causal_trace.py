@@ -120,6 +120,15 @@ def test_an_image_in_the_prompt() -> None:
     assert found.values[0, -1, -1] == pytest.approx(1, abs=1e-3)
 
 
+def test_noise_that_raises_the_metric_is_said() -> None:
+    of = model("dense")
+    least = int(of([PROMPT])[0, -1].argmin())
+    raised = traced(of, metric=f"prob: #{least}", noise=20.0)
+    assert any("it raises it" in note for note in raised.notes)
+    lost = traced(of, metric=f"prob: #{int(of([PROMPT])[0, -1].argmax())}", noise=20.0)
+    assert not any("it raises it" in note for note in lost.notes)
+
+
 def test_the_same_seed_draws_the_same_noise() -> None:
     of = model("grouped-query")
     one, same, other = (traced(of, samples=2, seed=seed, draws=0).values for seed in (1, 1, 2))
