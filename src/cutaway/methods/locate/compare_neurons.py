@@ -182,7 +182,7 @@ def _second(
         that = load(other, dtype=model.dtype, device=model.device)
         ours, theirs = (_shape(m) for m in (model, that))
         if ours != theirs:
-            raise MismatchError(f"{model.name} and {other}", f"their layers and widths are {ours} and {theirs}", "")
+            raise MismatchError(f"{model.name} and {other}", f"their shapes are {ours} and {theirs}", "")
         return _Second(that, (), rows, other)
     second = _rows(model, against, image)
     second = second * len(rows) if len(second) == 1 else second
@@ -193,6 +193,7 @@ def _second(
 
 def _shape(model: Model) -> dict[str, Any]:
     return {
+        "architecture": str(model.hf.config.model_type),
         "d_model": model.anatomy().d_model,
         "vocabulary": model.encoder.vocabulary_size,
         "neurons": [plan.d_mlp or plan.n_experts * plan.d_expert for plan in model.layers],

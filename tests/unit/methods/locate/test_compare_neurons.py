@@ -201,11 +201,14 @@ def test_folders_that_nobody_has_seen(name, tmp_path):
         assert ((found.columns[what] >= 0) & (found.columns[what] <= 1)).all()
 
 
-def test_refusals():
+def test_refusals(tmp_path: Path):
     model = Model(tiny("LlamaForCausalLM").hf)
     with pytest.raises(ParameterError, match="differ in two things"):
         compare_neurons(model, IDS, do="zero L0.attn.z[0]", against=IDS)
     with pytest.raises(MismatchError, match="3 and 2 are given"):
         compare_neurons(model, [IDS, IDS, IDS], against=[IDS, IDS])
-    with pytest.raises(MismatchError, match="their layers and widths"):
+    with pytest.raises(MismatchError, match="their shapes are"):
         compare_neurons(model, IDS, other="town")
+    tiny("MistralForCausalLM").hf.save_pretrained(tmp_path)  # as wide and as deep, but built otherwise
+    with pytest.raises(MismatchError, match=r"'architecture': 'llama', .* and {'architecture': 'mistral'"):
+        compare_neurons(model, IDS, other=str(tmp_path))
