@@ -193,7 +193,7 @@ def _second(
 
 def _shape(model: Model) -> dict[str, Any]:
     return {
-        "architecture": str(model.hf.config.model_type),
+        "architecture": getattr(model.hf.config, "model_type", type(model.hf).__name__),
         "d_model": model.anatomy().d_model,
         "vocabulary": model.encoder.vocabulary_size,
         "neurons": [plan.d_mlp or plan.n_experts * plan.d_expert for plan in model.layers],
