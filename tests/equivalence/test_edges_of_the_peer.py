@@ -8,16 +8,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.repro.eap_ig import both, compared, theirs
 from cutaway.models.handle import Model
 from cutaway.ops.edge_scores import edge_scores, path_points
 from cutaway.ops.fronts import read_fronts
 from cutaway.ops.pairs import Pairs
 from cutaway.ops.stats import rank_correlation
 from cutaway.ops.wiring import Wiring
-from tools.make_edge_oracle import FOLDER, STEPS, recipes, task
+from tools.make_edge_oracle import STEPS, recipes, task
 from tools.make_oracle import build
 
 # Where the published code takes gradients: EAP at the clean run; EAP-IG from the corrupt run on, k = 0 ... m - 1.
@@ -32,16 +32,6 @@ def ours(name: str, points: list[float]) -> tuple[Tensor, Wiring]:
     pairs = Pairs.of(model.inputs(clean), model.inputs(corrupt), None, answers, rivals)
     wiring = Wiring.of_model(model)
     return edge_scores(model, pairs, wiring, read_fronts(model, pairs.clean, wiring), points).scores, wiring
-
-
-def theirs(name: str, scores: str, wiring: Wiring) -> Tensor:
-    """[sender, receiver] the stored scores; those of the keys and values that a group shares are summed."""
-    found, stored = [], load_file(FOLDER / f"{name}.safetensors")[scores]
-    for layer, (heads, groups) in enumerate(zip(wiring.heads, wiring.kv_heads, strict=True)):
-        block = stored[:, layer * (3 * heads + 1) :][:, : 3 * heads + 1]
-        q, k, v, mlp = block.split([heads, heads, heads, 1], dim=1)
-        found += [q, *(side.unflatten(1, (groups, -1)).sum(-1) for side in (k, v)), mlp]
-    return torch.cat([*found, stored[:, -1:]], dim=1)
 
 
 @pytest.mark.parametrize("scores", list(POINTS))
@@ -62,3 +52,20 @@ def test_one_step_is_their_eap_and_more_steps_are_other_points_of_the_same_line(
     found, _ = ours(name, path_points(STEPS[-1]))
     real, expected = wiring.real, theirs(name, f"eap_ig_{STEPS[-1]}", wiring)
     assert 0.9 < np.corrcoef(found[real], expected[real])[0, 1] < 0.9999
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_edges_with_one_step_are_their_eap_edge_by_edge(name: str) -> None:
+    found, expected = both(name, "eap", 1)
+    assert compared(found, expected)["spearman"] >= 0.999
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+@pytest.mark.parametrize("steps", STEPS)
+def test_with_clean_and_corrupt_exchanged_edges_are_their_eap_ig_edge_by_edge(name: str, steps: int) -> None:
+    found, expected = both(name, f"eap_ig_{steps}", steps, exchanged=True)
+    assert compared(found, expected)["spearman"] >= 0.999
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    plain, _ = both(name, f"eap_ig_{steps}", steps)
+    assert compared(plain, expected)["spearman"] < 0.999
