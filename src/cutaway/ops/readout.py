@@ -27,6 +27,7 @@ from cutaway.ops.watched import Step, WatchedModel, rounding
 Scale = Literal["final", "own", "none"]
 VOCABULARY_PART = 16384  # rows of the head that are multiplied, or widened, at a time
 CACHED_PART = 1024  # as many as a processor keeps near with what they give: twice as fast as all at once
+NOTHING = 1e-6  # of the most that a vector could raise a token by: rounding
 TRIED = 512  # tokens on which the linear form is compared with the model's own logits
 CURVATURE = 4 / (3 * 3**0.5)  # largest second derivative of tanh
 
@@ -150,6 +151,10 @@ class FrozenReadout:
     def project(self, v: Tensor) -> Tensor:
         """[..., R, tokens] what vectors [..., R, d] add to the matrix's result (before ``after``)."""
         return self._times(self.norm(v.float()))
+
+    def floor(self, v: Tensor) -> Tensor:
+        """[..., R] what rounding alone may make of the projection of vectors: tokens raised by less are not raised."""
+        return NOTHING * self.norm(v.float()).norm(dim=-1) * self.head.row_squares.max().sqrt()
 
     def pull(self, dz: Tensor) -> Tensor:
         """[..., R, d] gradient with respect to a vector, from that of its projection, ``dz`` [..., R, tokens]."""

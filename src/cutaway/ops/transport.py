@@ -25,6 +25,8 @@ from cutaway.ops.subkeys import Read, ValueNeurons
 from cutaway.ops.units import Unit
 from cutaway.ops.watched import WatchedModel
 
+NOTHING = 1e-6  # of the most that a vector could be read as: rounding
+
 
 @dataclass(frozen=True)
 class Transport:
@@ -50,7 +52,10 @@ class Transport:
 
     def carried(self, v: Tensor, position: int = -1) -> Tensor:
         """[b, d] what vectors [b, d], added up at a position, would be written as; without attention weights."""
-        numbers = v @ self.reader.keys(self.index.tolist(), position).vectors.T
+        keys = self.reader.keys(self.index.tolist(), position).vectors
+        numbers = v @ keys.T
+        size = v.norm(dim=-1)[:, None] * keys.norm(dim=-1)
+        numbers = torch.where(numbers.abs() > NOTHING * size, numbers, 0.0)  # what is not read is not written, exactly
         return self.group.writer((numbers @ self.rows)[:, None])[:, 0]
 
     def brought(self, key: Tensor) -> ValueNeurons:

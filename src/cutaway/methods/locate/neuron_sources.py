@@ -27,7 +27,6 @@ from cutaway.results.ranking import Ranking
 LevelName = Literal["layer", "head", "neuron"]
 WORDS = {"layer": "sublayers", "head": "heads", "neuron": "FFN neurons"}
 NEURONS = ("mlp.act", "expert.act")
-NOTHING = 1e-6  # of the largest that a vector could raise a token by: rounding
 
 
 @method(
@@ -212,8 +211,7 @@ def _largest(scores: Tensor, k: int) -> list[int]:
 def _raised(model: Model, readout: FrozenReadout, vectors: Tensor, n: int) -> list[str]:
     """The tokens that vectors raise most, of those that they raise by more than rounding."""
     change = readout.project(vectors[:, None])[:, 0]
-    length = readout.norm(vectors[:, None])[:, 0].norm(dim=-1) * readout.head.row_squares.max().sqrt()
-    floors = NOTHING * length
+    floors = readout.floor(vectors[:, None])[:, 0]
     best = change.topk(min(n, change.shape[-1]))
     return [
         " ".join(model.decode(int(i)).strip() for i, value in zip(ids, values, strict=True) if value > floor)
