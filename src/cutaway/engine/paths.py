@@ -70,7 +70,14 @@ class Paths:
     """
 
     def __init__(
-        self, model: Model, exchange: Exchange, senders: Some, receivers: Some, between: Between, rows: bool = False
+        self,
+        model: Model,
+        exchange: Exchange,
+        senders: Some,
+        receivers: Some,
+        between: Between,
+        rows: bool = False,
+        gives: Run | None = None,
     ) -> None:
         self.model, self.exchange, self.between = model, exchange, between
         self.senders, self.receivers = list(senders), list(receivers)
@@ -80,7 +87,7 @@ class Paths:
             raise UnsupportedError(f"sender '{missing}'", self.layers[missing.layer].refused["mlp.out"], "")
         self.last = max(len(self.layers) if r.kind == FINAL else r.layer for r in receivers)
         kinds = {whole_of(s) for s in senders}
-        self.gives = observe(model, exchange.giver, kinds)
+        self.gives = gives or observe(model, exchange.giver, kinds)
         self.given = self.gives.value(exchange.metric)
         self.how, self._base = "front", None
         if rows or between != "frozen":

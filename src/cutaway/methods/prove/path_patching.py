@@ -197,7 +197,7 @@ def _check(
     """The strongest path once more: the receivers from whole layers, the metric from a whole pass."""
     row, column = divmod(int(values.nan_to_num(0.0).abs().argmax()), values.shape[1])
     chosen = [ends[column]] if each else ends
-    again = Paths(model, exchange, [starts[row]], chosen, paths.between, rows=True)
+    again = Paths(model, exchange, [starts[row]], chosen, paths.between, rows=True, gives=paths.gives)
     do = [c for c in again.changes([(starts[row],)])[0] if c is not None]
     value = exchange.scored(model.trace(exchange.receiver, do=do).logits, exchange.receiver)
     return Check(
