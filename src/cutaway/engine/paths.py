@@ -67,6 +67,7 @@ class Paths:
     Attributes:
         how: "front" where only what lies between residual stream and receivers is computed, or "rows: " and why whole
             layers run.
+        base: the receiving run, for replays; None where whole layers run.
     """
 
     def __init__(
@@ -89,17 +90,18 @@ class Paths:
         kinds = {whole_of(s) for s in senders}
         self.gives = gives or observe(model, exchange.giver, kinds)
         self.given = self.gives.value(exchange.metric)
-        self.how, self._base = "front", None
+        self.how: str = "front"
+        self.base: Base | None = None
         if rows or between != "frozen":
             self.how = "rows: asked for" if rows else f"rows: {between} in between"
         else:
             try:
-                self._base = self._recorded()
-                self._reducer = Reducer(self._base)
+                self.base = self._recorded()
+                self._reducer = Reducer(self.base)
                 for sender in senders:
                     self._delta((sender,), len(self.layers), True)
             except (CannotReplayError, UnsupportedError) as error:
-                self.how, self._base = f"rows: {error}", None
+                self.how, self.base = f"rows: {error}", None
 
     def reaches(self, sender: Sender, receiver: Site) -> bool:
         """Whether what a sender writes is there when a receiver reads."""
@@ -110,7 +112,7 @@ class Paths:
 
     def changes(self, sets: Sequence[Some]) -> list[list[Intervention | None]]:
         """[set][receiver] what each set of senders, together, does to each receiver; None where none of it reaches."""
-        if self._base is not None:
+        if self.base is not None:
             by_receiver = [self._in_front(sets, receiver) for receiver in self.receivers]
         else:
             by_receiver = self._in_rows(sets)
@@ -135,7 +137,7 @@ class Paths:
             if self.layers[i].has(kind)
         ]
         senders = wanted(self.model, [_entering(s) for s in self.senders])
-        base = record(self.model, self.exchange.receiver, dict.fromkeys([*senders, *added]))
+        base = record(self.model, self.exchange.receiver, dict.fromkeys([*senders, *added, *self._replayed()]))
         for i in range(min(self.last, len(self.layers))):
             call = base.layers[i]
             parts = [base.values[site][0] for site in added if site.layer == i]
@@ -143,12 +145,24 @@ class Paths:
                 raise CannotReplayError(f"layer {i} does more to the residual stream than add to it")
         return base
 
+    def _replayed(self) -> list[Site]:
+        """What replaying changes of the receivers needs of the base run; nothing where that is not possible."""
+        kinds = {FINAL: "resid_post", "mlp.in": "mlp.out"}
+        sites = [
+            Site(kinds.get(r.kind, r.kind), Items.of(len(self.layers) - 1) if r.kind == FINAL else r.layers)
+            for r in self.receivers
+        ]
+        try:
+            return wanted(self.model, sites)
+        except CannotReplayError:
+            return []
+
     def _delta(self, some: Some, before: int, after_attention: bool) -> Tensor:
         """[pos, d_model] what senders change in the stream that enters layer ``before``.
 
         ``after_attention`` counts the heads of that layer in, where its MLP reads after them.
         """
-        base = self._base
+        base = self.base
         if base is None:
             raise RuntimeError("there is no base run")
         total = torch.zeros_like(base.layers[0].pre, dtype=torch.float32)
@@ -175,7 +189,7 @@ class Paths:
         return {}
 
     def _in_front(self, sets: Sequence[Some], receiver: Site) -> list[Intervention]:
-        base = self._base
+        base = self.base
         if base is None:
             raise RuntimeError("there is no base run")
         mlp = receiver.kind == "mlp.in"

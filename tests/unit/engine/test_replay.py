@@ -3,6 +3,8 @@
 import weakref
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from cutaway.core.errors import InputError, InterventionError, SiteRangeError, S
 from cutaway.core.intervention import Apply, Set, Where, Zero
 from cutaway.core.metric import Metric
 from cutaway.engine import plan_memory, replay
+from cutaway.engine.base import record
 from cutaway.models.handle import Model
 from cutaway.models.interface import ATTENTION
 from cutaway.models.tiny import tiny
@@ -231,3 +234,22 @@ def test_memory_stays_below_what_was_said(name: str, metric: Metric, several: bo
     assert found.peak_estimate == said
     assert said / 8 < memory.peak <= said
     assert plan_memory(m, ids, runs, metric, budget=said // 8) < said / 2
+
+
+def test_a_base_run_recorded_before_is_taken_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, runs = model(), [Zero("L1.attn.z[0]"), Zero("L1.attn.z[1]@2")]
+    alone = replay(m, IDS, runs, LOGIT)
+    base = record(m, m.inputs(IDS), ["L1.attn.out", "L1.resid_mid"])
+    recorded: list[int] = []
+
+    def count(*args: Any) -> Any:
+        recorded.append(1)
+        return record(*args)
+
+    monkeypatch.setattr(import_module("cutaway.engine.replay"), "record", count)
+    torch.testing.assert_close(replay(m, IDS, runs, LOGIT, base=base).values, alone.values, rtol=0, atol=0)
+    assert not recorded
+    other = replay(m, IDS.flip(1), runs, LOGIT, base=base)  # another prompt
+    torch.testing.assert_close(other.values, replay(m, IDS.flip(1), runs, LOGIT).values, rtol=0, atol=0)
+    assert replay(m, IDS, [Zero("L0.attn.z[0]")], LOGIT, base=base).how == "replay"  # another layer
+    assert len(recorded) == 3

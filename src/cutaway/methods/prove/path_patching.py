@@ -98,7 +98,7 @@ def path_patching(
     changes = paths.changes([(sender,) for sender in starts])
     runs = [[[c] for c in row] if each else [[c for c in row if c is not None]] for row in changes]
     flat = [[c for c in run if c is not None] for row in runs for run in row]
-    values, base, how = _effects(model, exchange, flat, budget)
+    values, base, how = _effects(model, exchange, flat, budget, paths)
     between_runs = paths.given - base
     if normalise and abs(between_runs) < 1e-6:
         said, hint = f"both runs give {base:.6g}", "choose prompts that differ in it, or normalise=False"
@@ -149,12 +149,13 @@ def _senders(model: Model, exchange: Exchange, which: Senders, positions: Items 
 
 
 def _effects(
-    model: Model, exchange: Exchange, runs: Sequence[Sequence[Intervention]], budget: int
+    model: Model, exchange: Exchange, runs: Sequence[Sequence[Intervention]], budget: int, paths: Paths
 ) -> tuple[Tensor, float, str]:
     """([run] change of the metric, NaN for runs that do nothing; the metric without them; how they ran)."""
     values = torch.full((len(runs),), float("nan"), dtype=torch.float64)
     live = [i for i, run in enumerate(runs) if run]
-    found = replay(model, exchange.prompt, [list(runs[i]) for i in live], exchange.metric, budget=budget)
+    sweep = [list(runs[i]) for i in live]
+    found = replay(model, exchange.prompt, sweep, exchange.metric, budget=budget, base=paths.base)
     base = float(found.base)
     values[live] = found.values.double().cpu() - base
     return values, base, found.how
@@ -221,7 +222,7 @@ def _proof(
     def effect(sets: list[list[int]]) -> Tensor:
         changes = paths.changes([[paths.senders[i] for i in some] for some in sets])
         runs = [[c for c in row if c is not None] for row in changes]
-        return sign * _effects(model, exchange, runs, budget)[0]
+        return sign * _effects(model, exchange, runs, budget, paths)[0]
 
     return prove_sets(
         effect,
