@@ -52,6 +52,14 @@ def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
+def interval(values: Any, samples: int = 2000) -> list[float]:
+    """Mean of a tensor of numbers, and the 95 % interval of the mean by bootstrap."""
+    from cutaway.ops.stats import bootstrap_means
+
+    low, high = bootstrap_means(values[:, None], samples, seed=0)
+    return [float(values.mean()), float(low), float(high)]
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores and system."""
     cpu = platform.processor()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import keep
+from benchmarks.harness import interval, keep
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Zero
 from cutaway.core.metric import Metric
@@ -35,8 +35,7 @@ from cutaway.ops.parts import take_apart
 from cutaway.ops.readout import Head
 from cutaway.ops.units import Unit
 
-SUMS, DRAWS, RESAMPLES = 200, 5, 2000
-SIZES = (1, 3, 10, 30, 100)
+SUMS, DRAWS, SIZES = (1, 3, 10, 30, 100)
 DEEP = (2, 3)
 SCORES: tuple[By, ...] = ("difference", "lost", "importance")
 
@@ -108,13 +107,6 @@ def curves(model: Model, asked: list[tuple[Inputs, int]], head: str) -> dict[str
     for by, shares in lost.items():
         rows[by]["coefficient lost, first 10"] = float(torch.tensor(shares).mean())
     return {"head": head, "sums": len(asked), "answer changes": moved, "rows": rows}
-
-
-def interval(difference: Tensor) -> list[float]:
-    """Mean, and the 95 % interval of the mean by bootstrap over sums."""
-    draws = torch.randint(len(difference), (RESAMPLES, len(difference)), generator=torch.Generator().manual_seed(0))
-    means = difference[draws].mean(1)
-    return [float(difference.mean()), float(means.quantile(0.025)), float(means.quantile(0.975))]
 
 
 def main() -> None:

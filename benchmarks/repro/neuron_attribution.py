@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import keep
+from benchmarks.harness import interval, keep
 from cutaway.core.inputs import Inputs
 from cutaway.data import Example, Town
 from cutaway.models.handle import Model
@@ -30,7 +30,6 @@ from cutaway.ops.readout import Head
 from cutaway.ops.units import Unit
 
 PROMPTS, MORE, K, DRAWS = 200, 1000, 10, 5
-RESAMPLES = 2000  # of the bootstrap over prompts
 OURS = "a log-probability increase"
 MEASURES = ("mrr", "log-probability", "probability")
 
@@ -129,13 +128,6 @@ def table(values: dict[str, Tensor], count: int) -> dict[str, Any]:
         | {"more than a": {m: interval((rows - values[OURS])[:count, j]) for j, m in enumerate(MEASURES)}}
         for name, rows in values.items()
     }
-
-
-def interval(difference: Tensor) -> list[float]:
-    """Mean, and the 95 % bootstrap interval of the mean."""
-    draws = torch.randint(len(difference), (RESAMPLES, len(difference)), generator=torch.Generator().manual_seed(0))
-    means = difference[draws].mean(1)
-    return [float(difference.mean()), float(means.quantile(0.025)), float(means.quantile(0.975))]
 
 
 def main() -> None:
