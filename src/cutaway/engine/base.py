@@ -66,6 +66,10 @@ class Attended:
         return out.transpose(1, 2) if self.heads_first else out
 
 
+class _Reached(BaseException):
+    """Leaves a layer where its attention would start."""
+
+
 @dataclass
 class LayerCall:
     """One layer's call in the base run.
@@ -98,6 +102,28 @@ class LayerCall:
         end = self.plan.read["resid_post"].slot
         hidden: Tensor = out if end is None else out[end]
         return hidden[0]
+
+    @property
+    def seen(self) -> Attended:
+        """Its attention; CannotReplayError where it did not attend."""
+        if self.attended is None:
+            raise CannotReplayError("a layer did not attend in the base run")
+        return self.attended
+
+    def until_attention(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [1, head, rows, d] of rows; the layer is left before it attends."""
+        taken: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def take(native: Any, own: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *a: Any, **kw: Any) -> Any:
+            taken.append((q, k, v))
+            raise _Reached
+
+        with ATTENTION.watch({id(self.seen.module): take}):
+            try:
+                self.run(x, positions)
+            except _Reached:
+                return taken[0]
+        raise CannotReplayError("a layer did not attend")
 
 
 @dataclass

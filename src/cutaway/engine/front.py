@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cutaway.core.site import Items, Site
-from cutaway.engine.base import Attended, Base, LayerCall
+from cutaway.engine.base import Attended, Base
 from cutaway.engine.rows import CannotReplayError
 from cutaway.engine.walk import freezing
 from cutaway.models.interface import ATTENTION
@@ -23,28 +23,15 @@ ROWS = 2048
 """Rows that go through at once."""
 
 
-class _Taken(BaseException):
-    """Leaves a layer once its queries, keys and values are known."""
-
-
 @torch.no_grad()
 def attention_inputs(base: Base, layer: int, streams: Tensor) -> dict[str, Tensor]:
     """{"attn.q": [run, pos, head, d_head], ...} of residual streams [run, pos, d_model] entering a layer."""
     call = base.layers[layer]
     found: dict[str, list[Tensor]] = {"attn.q": [], "attn.k": [], "attn.v": []}
-
-    def take(native: Any, own: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *a: Any, **kw: Any) -> Any:
-        for kind, x in (("attn.q", q), ("attn.k", k), ("attn.v", v)):
-            found[kind].append(x[0].unflatten(1, (-1, base.length)).permute(1, 2, 0, 3))
-        raise _Taken
-
     for some in streams.split(max(1, ROWS // base.length)):
-        with ATTENTION.watch({id(_seen(call).module): take}):
-            try:
-                call.run(some.flatten(0, 1), _positions(some))
-            except _Taken:
-                continue
-        raise CannotReplayError(f"layer {layer} did not attend")
+        made = call.until_attention(some.flatten(0, 1), _positions(some))
+        for kept, x in zip(found.values(), made, strict=True):
+            kept.append(x[0].unflatten(1, (-1, base.length)).permute(1, 2, 0, 3))
     return {kind: torch.cat(parts) for kind, parts in found.items()}
 
 
@@ -54,7 +41,7 @@ def mlp_outputs(base: Base, layer: int, streams: Tensor) -> Tensor:
 
     streams: [run, pos, d_model]; the layer's attention adds what it added in the base run.
     """
-    call, seen = base.layers[layer], _seen(base.layers[layer])
+    call, seen = base.layers[layer], base.layers[layer].seen
     if seen.out is None:
         raise CannotReplayError(f"the attention of layer {layer} gave nothing")
     site = Site("mlp.out", Items.of(layer))
@@ -75,12 +62,6 @@ def _idle(seen: Attended) -> Any:
         return (z.transpose(1, 2) if seen.heads_first else z), None
 
     return answer
-
-
-def _seen(call: LayerCall) -> Attended:
-    if call.attended is None:
-        raise CannotReplayError("a layer did not attend")
-    return call.attended
 
 
 def _positions(streams: Tensor) -> Tensor:

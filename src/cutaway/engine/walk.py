@@ -50,18 +50,6 @@ class Group:
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
 
 
-@dataclass
-class _Keys:
-    """Keys and values of the packed rows in the last layer, taken before the rows that are read go through it."""
-
-    k: Tensor | None = None
-    v: Tensor | None = None
-
-
-class _Taken(BaseException):
-    """Leaves the last layer once its keys and values are known."""
-
-
 class Walk:
     """Walks through the layers, each for some of the runs.
 
@@ -196,21 +184,10 @@ class Walk:
         d = self.base.layers[0].pre
         return (torch.cat(rows), torch.cat(at)) if rows else (d[:0], torch.empty(0, dtype=torch.long, device=d.device))
 
-    def _keys(self, call: LayerCall, live: Sequence[Group]) -> _Keys:
+    def _keys(self, call: LayerCall, live: Sequence[Group]) -> tuple[Tensor, Tensor]:
         """Keys and values of every live row: all that the last layer needs of the rows that are not read."""
-        taken = _Keys()
-
-        def take(native: Any, own: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *a: Any, **kw: Any) -> Any:
-            taken.k, taken.v = k, v
-            raise _Taken
-
-        rows, at = self._pack(live, False)
-        with ATTENTION.watch({id(_seen(call).module): take}):
-            try:
-                call.run(rows, at)
-            except _Taken:
-                return taken
-        raise RuntimeError("the last layer did not attend")
+        _, k, v = call.until_attention(*self._pack(live, False))
+        return k, v
 
     def _layer(
         self,
@@ -218,11 +195,11 @@ class Walk:
         live: Sequence[Group],
         late: Sequence[Group],
         reading: bool,
-        keys: _Keys | None,
+        keys: tuple[Tensor, Tensor] | None,
         script: Script | None,
     ) -> None:
         """Run one layer on the rows of all groups; those of ``late`` take the base run's attention."""
-        seen = _seen(call)
+        seen = call.seen
         x, at = self._pack(live, reading)
         x_late, at_late = self._pack(late, reading)
         frozen = seen.out[0, at_late] if seen.out is not None and len(at_late) else None
@@ -230,7 +207,7 @@ class Walk:
         def answer(
             native: Any, own: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *a: Any, **kw: Any
         ) -> Any:
-            k, v = (keys.k, keys.v) if keys is not None and keys.k is not None and keys.v is not None else (k, v)
+            k, v = (k, v) if keys is None else keys
             if script is not None:
                 q, k, v = (script.heads_first(f"attn.{name}", x) for name, x in (("q", q), ("k", k), ("v", v)))
             z = self._attend(seen, live, reading, q, k, v)
@@ -298,12 +275,6 @@ def _portions(groups: Sequence[Group]) -> Iterator[list[Group]]:
         rows += own
     if some:
         yield some
-
-
-def _seen(call: LayerCall) -> Attended:
-    if call.attended is None:
-        raise RuntimeError("the layer did not attend in the base run")
-    return call.attended
 
 
 def _split(x: Tensor, n: int) -> Tensor:

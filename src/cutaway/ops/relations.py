@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,7 +58,7 @@ def attention_on(
     pairs = torch.stack(list(asked))
     counts = _queries(pairs)
     for rows in torch.arange(len(inputs)).split(size):
-        part = _rows(inputs, rows)
+        part = inputs.take(rows.tolist())
         trace = model.trace(part, want=[f"L{i}.attn.pattern" for i in layers], stop=True)
         for i in layers:
             pattern = trace[f"L{i}.attn.pattern"].float()
@@ -81,17 +80,3 @@ def _queries(pairs: Tensor) -> Tensor:
     """[relation] how many queries have any key; NaN for none."""
     counts = (pairs != 0).any(-1).sum((1, 2))
     return torch.where(counts > 0, counts, float("nan"))
-
-
-def _rows(inputs: Inputs, rows: Tensor) -> Inputs:
-    if len(rows) == len(inputs):
-        return inputs
-    names = rows.tolist()
-    return replace(
-        inputs,
-        ids=inputs.ids[rows],
-        mask=inputs.mask[rows],
-        tokens=tuple(inputs.tokens[b] for b in names),
-        roles=tuple(inputs.roles[b] for b in names),
-        extra={k: v[rows] for k, v in inputs.extra.items()},
-    )
