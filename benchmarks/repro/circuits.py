@@ -1,4 +1,5 @@
-"""How many wired edges are among the strongest, by steps and norms; and what circuits of town keep, by how they grow.
+"""How many wired edges are among the strongest, by steps and norms; and what circuits of town keep, by how they grow
+and by norms.
 
 python -m benchmarks.repro.circuits
 """
@@ -16,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cutaway
 from benchmarks.harness import keep
 from cutaway import catalog, specimens
+from cutaway.data.town import Town
 
 WIRED = {"circuit-induction": 1, "circuit-ioi": 4}  # every how many of the card's examples
 STEPS = (1, 5, 10, 30)
+RELATIONS = ("city", "employer", "sport", "colour")
 FACT = {"clean": "Ada Reed lives in", "corrupt": "Ada Stone lives in", "metric": 'logprob: " Milby"'}
 
 
@@ -42,6 +45,24 @@ def wired(name: str, every: int) -> dict[str, Any]:
     return found
 
 
+def by_norms(town: cutaway.Model, pairs: int = 8) -> dict[str, Any]:
+    """CPR and CMD of circuits found with either kind of norms, for pairs of facts of each relation."""
+    found: dict[str, Any] = {}
+    for relation in RELATIONS:
+        chosen = Town().pairs(relation, count=pairs)
+        given = {
+            "clean": [pair.clean.prompt for pair in chosen],
+            "corrupt": [pair.corrupt.prompt for pair in chosen],
+            "answers": [town.token(pair.clean.answer) for pair in chosen],
+            "rivals": [town.token(pair.corrupt.answer) for pair in chosen],
+        }
+        for norms in ("moving", "frozen"):
+            curves: Any = catalog.get("faithfulness").function(town, **given, norms=norms, minimality=0)
+            areas = {name: round(float(curves.line_columns[name][0]), 4) for name in ("CPR", "CMD")}
+            found[f"town, {relation}, {norms}"] = areas
+    return found
+
+
 def main() -> None:
     """Measure, print, keep."""
     figures: dict[str, Any] = {name: wired(name, every) for name, every in WIRED.items()}
@@ -51,6 +72,7 @@ def main() -> None:
             curves: Any = catalog.run("faithfulness", town, **FACT, how=how, steps=steps, draws=10, minimality=0)
             areas = {name: [round(float(v), 4) for v in values] for name, values in curves.line_columns.items()}
             figures[f"town, {how}, {steps} steps"] = {**areas, "kept": np.round(curves.y[0], 4).tolist()}
+    figures |= by_norms(town)
     path = keep("circuit_truth", figures, f"means over prompts; town: {FACT}")
     for name, value in figures.items():
         print(name, value)
