@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from cutaway.core.errors import LoadError, UnsupportedError, WeightsError, nearest
+from cutaway.models.adapters import Adapter, taken_apart
 from cutaway.models.handle import Model
 from cutaway.models.processor import has_images, load_processor
-from cutaway.models.source import CONFIG, Source, locate, weight_files
+from cutaway.models.source import ADAPTER, CONFIG, Source, locate, weight_files
 from cutaway.models.upstream import explained, quiet
 
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
@@ -33,7 +34,8 @@ def load(
     """A Model in eval mode, with its tokenizer or processor where the folder has one.
 
     Args:
-        ref: a specimen's name, a folder that save_pretrained wrote, or a hub id, ``org/name`` or ``org/name@revision``.
+        ref: a specimen's name, a folder that save_pretrained wrote, or a hub id, ``org/name`` or ``org/name@revision``;
+            ``base+adapter`` merges a low-rank adapter (LoRA, DoRA) that peft saved, and an adapter alone its own base.
         dtype: of the weights: "float32", "bf16", ...; as they were saved when None or "auto".
         device: "cpu", "cuda:1", ...; "auto" spreads the layers over what there is (needs accelerate).
         revision: branch, tag or commit of a hub id.
@@ -47,7 +49,7 @@ def load(
     """
     precision, place, spread = _dtype(dtype), _device(device), _spread(device)
     with quiet():
-        source = locate(ref, revision, trust_pickle)
+        source, adapters = _with_adapters(ref, revision, trust_pickle)
         settings = _settings(source)
         pickled = weight_files(source, trust_pickle)[0].suffix == ".bin"
         options = {
@@ -63,7 +65,10 @@ def load(
             config = _config(source, settings)
             hf = _module(source, config, options)
             processor = load_processor(source.folder, config, source.name)
-        return Model(hf if place is None else _moved(hf, place), processor, name=source.name)
+        for adapter in adapters:
+            adapter.merge(hf, source.name)
+        name = "+".join([source.name, *(adapter.name for adapter in adapters)])
+        return Model(hf if place is None else _moved(hf, place), processor, name=name)
 
 
 # -- what is asked -----------------------------------------------------------------------------------------------------
@@ -119,15 +124,27 @@ def _moved(hf: nn.Module, place: torch.device) -> nn.Module:
 
 
 # -- what is found -----------------------------------------------------------------------------------------------------
+def _with_adapters(ref: str | Path, revision: str | None, trust_pickle: bool) -> tuple[Source, list[Adapter]]:
+    """Where the model is, and what is merged into it; an adapter alone is for the base that it names."""
+    base, named = taken_apart(ref)
+    source = locate(base, revision, trust_pickle)
+    adapters = [Adapter.read(locate(name)) for name in named]
+    if named or (source.folder / CONFIG).is_file() or not (source.folder / ADAPTER).is_file():
+        return source, adapters
+    alone = Adapter.read(source)
+    asked, hint = f"model '{source.name}'", f"write BASE+{source.name}"
+    if not alone.base:
+        raise LoadError(asked, "the folder holds an adapter that does not name its base", hint)
+    try:
+        return locate(alone.base, None, trust_pickle), [alone]
+    except LoadError as error:
+        raise LoadError(asked, f"the folder holds an adapter of {alone.base}: {error.found}", hint) from error
+
+
 def _settings(source: Source) -> Mapping[str, Any]:
     """config.json as it is written; its architecture must be one that the installed transformers has."""
     asked, file = f"model '{source.name}'", source.folder / CONFIG
     if not file.is_file():
-        if (adapter := source.folder / "adapter_config.json").is_file():
-            base = _json(adapter, asked).get("base_model_name_or_path", "another model")
-            raise LoadError(
-                asked, f"the folder holds an adapter of {base}", "merge it into that model and save the whole"
-            )
         below = sorted(p.parent.name for p in source.folder.glob(f"*/{CONFIG}"))
         hint = (
             f"there is one in {', '.join(repr(b) for b in below[:3])}" if below else "give a folder of save_pretrained"

@@ -11,6 +11,7 @@ from pathlib import Path
 from cutaway.core.errors import LoadError, WeightsError, nearest
 from cutaway.models.upstream import reason
 
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG, WEIGHTS, INDEX, PICKLES = (
     "config.json",
     "model.safetensors",
@@ -59,6 +60,13 @@ def locate(ref: str | Path, revision: str | None = None, trust_pickle: bool = Fa
     return _from_hub(text, revision, trust_pickle)
 
 
+def specimen_or_folder(text: str) -> bool:
+    """Whether a reference, as it is, names a specimen or a folder that is here."""
+    from cutaway import specimens
+
+    return text in specimens.names() or Path(text).expanduser().is_dir()
+
+
 def weight_files(source: Source, trust_pickle: bool) -> list[Path]:
     """The weight files of a folder, each checked to be whole.
 
@@ -75,7 +83,7 @@ def weight_files(source: Source, trust_pickle: bool) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise WeightsError(asked, f"{INDEX} names {file.name}, which is not there", "get the folder again")
-        _require_whole(file, asked)
+        require_whole(file, asked)
     return files
 
 
@@ -112,6 +120,8 @@ def _from_hub(text: str, revision: str | None, trust_pickle: bool) -> Source:
     commit = folder.name if folder.parent.name == "snapshots" else revision
     if (folder / INDEX).is_file():
         _snapshot(name, commit, _shards(folder / INDEX, f"weights of '{text}'"))
+    elif (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file():
+        _snapshot(name, commit, [ADAPTER_WEIGHTS])
     else:
         _snapshot(name, commit, [WEIGHTS])
         if trust_pickle and not (folder / WEIGHTS).is_file():
@@ -188,7 +198,12 @@ def _pickles(source: Source, trust_pickle: bool) -> list[Path]:
     raise WeightsError(asked, found, "save the model with save_pretrained, which writes safetensors")
 
 
-def _require_whole(file: Path, asked: str) -> None:
+def require_whole(file: Path, asked: str) -> None:
+    """A safetensors file can be opened.
+
+    Raises:
+        WeightsError: it is damaged or cut short.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

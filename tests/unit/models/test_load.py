@@ -184,8 +184,6 @@ def test_a_folder_that_is_not_there(original: Path) -> None:
 def test_a_folder_without_a_model(tmp_path: Path, original: Path) -> None:
     refused(LoadError, tmp_path, "no config.json", "save_pretrained")
     refused(LoadError, original.parent, "no config.json", "'llama'")
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    refused(LoadError, tmp_path, "an adapter of org/base", "merge")
 
 
 def test_a_configuration_that_cannot_be_used(folder: Path) -> None:

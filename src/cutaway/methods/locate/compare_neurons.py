@@ -63,7 +63,8 @@ def compare_neurons(
     Args:
         prompts: a text or ids, or several; scores are then means over them.
         do: interventions that the second run has, e.g. ``zero L1.attn.z[5]``.
-        other: folder, specimen or checkpoint of a second model of the same shape.
+        other: folder, specimen or checkpoint of a second model of the same shape, or the model with an adapter, as
+            ``town+./my-lora``.
         against: the second run's prompts, one for each; one may stand against several.
         image: an image that goes with the one prompt.
         target: the token whose log-probability is compared; the first run's own answers when it is not given.
