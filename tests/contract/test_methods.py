@@ -238,7 +238,7 @@ def test_bfloat16_is_near(method: str, name: str) -> None:
 
 def _of_ids(record: Method) -> list[Parameter]:
     """The prompts that the example gives as ids."""
-    prompts = [p for p in record.parameters.values() if p.form.name == "prompt"]
+    prompts = [p for p in record.parameters.values() if p.form.name in ("prompt", "prompts")]
     return [p for p in prompts if record.example.get(p.name, "").startswith("#")]
 
 
@@ -260,9 +260,10 @@ def test_padding_around_a_prompt_changes_nothing(method: str) -> None:
     several = [p.name for p in record.parameters.values() if p.form.name == "prompts"]
     paired = [name for name in several if name in record.example]  # prompts that line up are given together
     for names in [paired, *([name] for name in several if name not in paired)]:
-        rows = {name: [[70 + i, 71, 72, 73], [80, 81, 82 + i, 83, 84, 85]] for i, name in enumerate(names)}
+        rows = {name: [[70 + i, 71, 72, 73], [80, 71, 72, 83 + i, 84, 85]] for i, name in enumerate(names)}
+        there = {"positions": "-3--1"} if "positions" in record.parameters else {}  # they have as many in all rows
         left, right = (
-            run(method, of, **{name: of.inputs(each, padding_side=s) for name, each in rows.items()})
+            run(method, of, **there, **{name: of.inputs(each, padding_side=s) for name, each in rows.items()})
             for s in ("left", "right")
         )
         assert left.same_as(right, rtol=1e-4, atol=1e-5).lines == ()

@@ -221,17 +221,17 @@ class Inputs:
         return h.hexdigest()[:16]
 
 
-def require_same_length(clean: Inputs, corrupt: Inputs) -> None:
-    """MismatchError naming the tokens when two inputs do not line up position by position."""
+def require_same_length(clean: Inputs, corrupt: Inputs, first: int = 0) -> None:
+    """MismatchError naming the row (counted from ``first``) and the tokens where two inputs do not line up."""
     for b, (n, m) in enumerate(zip(clean.lengths, corrupt.lengths, strict=False)):
         if n != m:
             a = [clean.tokens[b][p] for p in clean.real[b]]
             c = [corrupt.tokens[b][p] for p in corrupt.real[b]]
-            first = next((i for i, (x, y) in enumerate(zip(a, c, strict=False)) if x != y), min(n, m))
+            at = next((i for i, (x, y) in enumerate(zip(a, c, strict=False)) if x != y), min(n, m))
             raise MismatchError(
                 "clean and corrupt prompts of equal token length",
-                f"row {b} has {n} and {m} tokens, first different at position {first}: "
-                f"{a[first : first + 4]} against {c[first : first + 4]}",
+                f"row {first + b} has {n} and {m} tokens, first different at position {at}: "
+                f"{a[at : at + 4]} against {c[at : at + 4]}",
                 "choose words that split into as many tokens",
             )
     if len(clean) != len(corrupt):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from cutaway.core.errors import InputError, ParameterError, SiteMissingError
+from cutaway.core.errors import InputError, MismatchError, ParameterError, SiteMissingError
 from cutaway.core.inputs import Inputs, require_same_length
 from cutaway.core.intervention import Set
 from cutaway.core.metric import Metric
@@ -46,22 +46,23 @@ class Exchange:
         metric: Metric | None,
         direction: Direction,
         images: tuple[Any, Any] = (None, None),
+        number: int | None = None,
     ) -> Exchange:
         """The exchange between two prompts; without a metric, the logit difference of their two answers.
 
         Images are of the clean and of the corrupt prompt; the clean one serves both when it is alone. ``kl`` without
-        a reference compares with the run that gives.
+        a reference compares with the run that gives. Sentences name the pair by ``number``, where there are several.
 
         Raises:
             MismatchError: prompts of different token length, naming the tokens. InputError: several prompts.
             ParameterError: no metric, and both prompts have one answer.
         """
         pictures = (images[0], images[1] if images[1] is not None else images[0])
-        runs = tuple(model.inputs(p, image) for p, image in zip((clean, corrupt), pictures, strict=True))
+        runs = (model.inputs(clean, pictures[0]), model.inputs(corrupt, pictures[1]))
         if len(runs[0]) != 1 or len(runs[1]) != 1:
-            raise InputError("patch", f"{len(runs[0])} and {len(runs[1])} prompts", "give one pair per call")
+            raise InputError("an exchange", f"{len(runs[0])} and {len(runs[1])} prompts", "give one of each")
         require_same_length(*runs)
-        chosen = answers_apart(model, *runs) if metric is None else metric
+        chosen = answers_apart(model, *runs, number) if metric is None else metric
         prompt = runs[1] if direction == "clean->corrupt" else runs[0]
         giver, receiver = (chosen.prepare(run) for run in (runs if direction == "clean->corrupt" else runs[::-1]))
         if chosen.form == "kl" and chosen.reference is None:
@@ -75,11 +76,12 @@ class Exchange:
         return float(self.metric(logits, inputs)[0])
 
 
-def answers_apart(model: Model, clean: Inputs, corrupt: Inputs) -> Metric:
+def answers_apart(model: Model, clean: Inputs, corrupt: Inputs, number: int | None = None) -> Metric:
     """The logit difference of the two prompts' own answers."""
     first, second = (int(model(run)[0, run.last[0]].argmax()) for run in (clean, corrupt))
     if first == second:
-        found = f"both prompts are answered with {model.decode(first)!r}"
+        which = "" if number is None else f" of pair {number}"
+        found = f"both prompts{which} are answered with {model.decode(first)!r}"
         raise ParameterError("metric", found, "name one, as 'logit_diff: A, B', or choose prompts that differ in it")
     return Metric("logit_diff", (first, second), words=(model.decode(first), model.decode(second)))
 
@@ -160,6 +162,38 @@ class Cells:
         rows = [[site.at(index=range(a, b), positions=where) for a, b in spans] for site in whole]
         return Cells(rows, "neurons", names, padded, tuple(b - a for a, b in spans))
 
+    @staticmethod
+    def over(
+        model: Model,
+        kind: str,
+        by: str,
+        layers: Sequence[int] | None,
+        positions: Items | str,
+        blocks: int,
+        prompts: Sequence[Inputs],
+    ) -> list[Cells]:
+        """The cells of each of several prompts, as many in each and with the same labels.
+
+        A position is labelled with its token where all prompts have the same one there, else with its number: counted
+        from the start where that is the same in all, from the end (-1 is the last) where it is not.
+
+        Raises:
+            MismatchError: prompts whose cells cannot be laid over each other.
+        """
+        found = [Cells.of(model, kind, by, layers, positions, blocks, each) for each in prompts]
+        if by != "position" or len(found) == 1:
+            return found
+        counts = [len(cells.labels) for cells in found]
+        if len(set(counts)) > 1:
+            b = next(i for i, n in enumerate(counts) if n != counts[0])
+            raise MismatchError(
+                f"by='position' with positions '{positions}'",
+                f"prompt 0 has {counts[0]} of them and prompt {b} has {counts[b]}",
+                "name as many in all, from the end as '-3--1' or from the start as '0-2', or choose by='head'",
+            )
+        labels = _labels(prompts, [cells.places for cells in found])
+        return [replace(cells, labels=labels) for cells in found]
+
     def sums(self, terms: Mapping[Site, Tensor]) -> Tensor:
         """[layer, cell] the sum over each cell of terms {whole site: [1, pos, ...]}, in float64."""
         at = torch.tensor(self.places)
@@ -177,6 +211,19 @@ class Cells:
     def patches(self, source: Mapping[Site, Tensor], giver: Inputs, cells: Sequence[Site] | None = None) -> list[Set]:
         """Every cell (or those given) set to what the giving run has there."""
         return [Set(cell, part(source[cell.whole()], cell, giver)) for cell in (self.flat if cells is None else cells)]
+
+
+def _labels(prompts: Sequence[Inputs], places: Sequence[Sequence[int]]) -> tuple[str | int, ...]:
+    """One label per place that holds for all prompts."""
+    each = list(zip(prompts, [prompt.real[0] for prompt in prompts], places, strict=True))
+    tokens = [[prompt.tokens[0][p] for p in at] for prompt, _, at in each]
+    starts = [[real.index(p) for p in at] for _, real, at in each]
+    ends = [[real.index(p) - len(real) for p in at] for _, real, at in each]
+    found: list[str | int] = []
+    for i in range(len(places[0])):
+        agreed = ({row[i] for row in rows} for rows in (tokens, starts, ends))
+        found += next((one for one in agreed if len(one) == 1), {i})
+    return tuple(found)
 
 
 def part(x: Tensor, cell: Site, inputs: Inputs) -> Tensor:

@@ -104,18 +104,11 @@ class Pairs:
             ParameterError: neither or both of a metric and answers.
         """
         if corrupt is not None:
-            if len(clean) != len(corrupt):
-                found = f"{len(clean)} clean and {len(corrupt)} corrupt prompts"
-                raise MismatchError("pairs of prompts", found, "give one corrupt prompt for each clean one")
+            require_pairs(len(clean), len(corrupt))
             require_same_length(clean, corrupt)
             if clean.ids.shape != corrupt.ids.shape or not torch.equal(clean.mask, corrupt.mask):
                 raise MismatchError("pairs of prompts", "clean and corrupt ones are padded differently", "give texts")
-        if (metric is None) == (answers is None) or (rivals is not None and answers is None):
-            found = "neither is given" if answers is None and metric is None else "they are given together"
-            raise ParameterError("parameters 'metric' and 'answers' (with 'rivals')", found, "give one of the two")
-        for name, tokens in (("answers", answers), ("rivals", rivals)):
-            if tokens is not None and len(tokens) != len(clean):
-                raise MismatchError(name, f"{len(tokens)} tokens for {len(clean)} prompts", "give one token per prompt")
+        require_measure(len(clean), metric, answers, rivals)
         measure = Measure(metric, tuple(answers or ()), tuple(rivals or ()))
         return Pairs(measure.prepare(clean), None if corrupt is None else measure.prepare(corrupt), measure)
 
@@ -131,6 +124,36 @@ class Pairs:
         """Some pairs; a pair may be taken several times."""
         corrupt = None if self.corrupt is None else self.corrupt.take(rows)
         return Pairs(self.clean.take(rows), corrupt, self.measure.take(rows))
+
+
+def require_pairs(clean: int, corrupt: int) -> None:
+    """MismatchError when there are not as many corrupt prompts as clean ones."""
+    if clean != corrupt:
+        found = f"{clean} clean and {corrupt} corrupt prompts"
+        raise MismatchError("pairs of prompts", found, "give one corrupt prompt for each clean one")
+
+
+def require_measure(
+    prompts: int,
+    metric: Metric | None,
+    answers: Sequence[int] | None,
+    rivals: Sequence[int] | None,
+    optional: bool = False,
+) -> None:
+    """Refuses anything but a metric for all prompts, or a token for each; neither of them is fine where ``optional``.
+
+    Raises:
+        ParameterError: neither or both, or rivals without answers. MismatchError: unequal numbers.
+    """
+    neither = metric is None and answers is None
+    asked = "parameters 'metric' and 'answers' (with 'rivals')"
+    if neither and not (optional and rivals is None):
+        raise ParameterError(asked, "neither is given", "give one of the two")
+    if metric is not None and (answers is not None or rivals is not None):
+        raise ParameterError(asked, "they are given together", "give one of the two")
+    for name, tokens in (("answers", answers), ("rivals", rivals)):
+        if tokens is not None and len(tokens) != prompts:
+            raise MismatchError(name, f"{len(tokens)} tokens for {prompts} prompts", "give one token per prompt")
 
 
 def paired(

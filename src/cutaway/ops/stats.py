@@ -30,3 +30,16 @@ def bootstrap_means(values: Tensor, samples: int, seed: int, level: float = 0.95
     means = weights @ values.double() / n
     ends = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0)
     return ends[0], ends[1]
+
+
+def mean_error(values: Tensor, per: Tensor | None = None) -> Tensor:
+    """[m] standard error of each column's mean over the rows of [n, m] values; at least two rows.
+
+    With ``per`` [n]: of that mean divided by the mean of ``per``, whose own spread counts (the ratio is linearised).
+    """
+    n, values = values.shape[0], values.double()
+    if per is None:
+        return values.std(dim=0) / n**0.5
+    unit = per.double().mean()
+    left = values - values.mean(dim=0) / unit * per.double()[:, None]
+    return left.std(dim=0) / unit.abs() / n**0.5

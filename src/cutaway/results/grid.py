@@ -26,11 +26,13 @@ class Grid(Kind, kind="grid"):
         values: float, one axis per name; NaN where nothing was measured (drawn grey).
         axes: names of the dimensions, e.g. ("layer", "position").
         measure: what the numbers are ("normalised recovery"); ``unit`` is theirs.
+        standard_error: of each value, where values are means over several pairs of prompts.
         scale: "diverging" around ``center`` for signed values, "sequential" for values that only grow.
     """
 
     values: Array = field(metadata=over(named_by="axes"))
     axes: tuple[str, ...]
+    standard_error: Array | None = field(default=None, metadata=over(named_by="axes"))
     measure: str = "value"
     scale: str = "diverging"
     center: float = 0.0
@@ -43,8 +45,9 @@ class Grid(Kind, kind="grid"):
             raise ResultError(f"scale={self.scale!r}", "no such colour scale", "use 'diverging' or 'sequential'")
 
     def table(self) -> pandas.DataFrame:
-        """One row per cell: the axes' labels and ``value``."""
-        return self.long_table("values").rename(columns={"values": "value"})
+        """One row per cell: the axes' labels, ``value`` and, where there is one, ``standard_error``."""
+        names = ["values", *(["standard_error"] if self.standard_error is not None else [])]
+        return self.long_table(*names).rename(columns={"values": "value"})
 
     def highlights(self) -> pandas.DataFrame:
         """Cells from the strongest to the weakest; missing ones last."""
@@ -56,12 +59,14 @@ class Grid(Kind, kind="grid"):
         The last axis runs to the right; an axis called "layer" rises, layer 0 at the bottom.
         """
         values = self.values if self.values.ndim == 3 else self.values[None]
+        errors = None if self.standard_error is None else self.standard_error.reshape(values.shape)
         panels = self.along(self.axes[0]) if self.values.ndim == 3 else ("",)
         if panel is not None:
             if self.values.ndim == 2:
                 raise ResultError(f"panel={panel!r}", "this grid has two axes and one panel")
             index = self.option("panel", panel, self.axes[0])
             values, panels = values[index : index + 1], (panel,)
+            errors = None if errors is None else errors[index : index + 1]
         y_name, x_name = self.axes[-2:]
         y_labels, x_labels = self.along(y_name), self.along(x_name)
         across = 2 if len(panels) == 4 else min(len(panels), 3) or 1  # no row with a single panel
@@ -72,7 +77,7 @@ class Grid(Kind, kind="grid"):
         colors = drawing.color(title, values, signed, self.center, height * len(y_labels))
         rows = [
             {"panel": p, "x": j, "y": i, x_name: drawing.shown(x_labels[j]), y_name: drawing.shown(y_labels[i])}
-            | {"value": drawing.finite(values[p, i, j]), "shown": drawing.digits(values[p, i, j])}
+            | {"value": drawing.finite(values[p, i, j]), "shown": self._shown(values, errors, (p, i, j))}
             for p, i, j in np.ndindex(values.shape)
         ]
         body = drawing.heat(
@@ -88,3 +93,9 @@ class Grid(Kind, kind="grid"):
             body = drawing.panels(body, panels, drawing.named(self.axes[0]), across)
         subtitle = [*self.caption(), f"{self.axes[0]} {panel}" if panel is not None else ""]
         return drawing.document({"data": {"values": rows}, **body}, drawing.heading(self.title, *subtitle))
+
+    @staticmethod
+    def _shown(values: Array, errors: Array | None, cell: tuple[int, ...]) -> str:
+        """A cell as a reader sees it who points at it."""
+        value = drawing.digits(values[cell])
+        return value if errors is None else f"{value} ± {drawing.digits(errors[cell])}"

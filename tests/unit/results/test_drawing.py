@@ -80,6 +80,14 @@ def test_missing_cells_keep_their_place_and_lose_their_colour() -> None:
     assert grey not in vl_convert.vegalite_to_svg(json.dumps(full.spec()))
 
 
+def test_the_error_of_a_mean_is_in_the_table_and_where_one_points() -> None:
+    grid = Grid(values=[[[2.0, 1.0]]], standard_error=[[[0.25, np.nan]]], axes=("statistic", "layer", "head"))
+    assert [row["shown"] for row in grid.spec()["data"]["values"]] == ["2 ± 0.25", "1 ± nan"]
+    assert [row["shown"] for row in grid.spec(panel=0)["data"]["values"]] == ["2 ± 0.25", "1 ± nan"]
+    assert grid.table()["standard_error"].tolist()[0] == 0.25
+    assert Grid(values=[[2.0]], axes=("layer", "head")).spec()["data"]["values"][0]["shown"] == "2"
+
+
 def test_signed_colours_are_centred() -> None:
     spec = Grid(values=[[-0.2, 3.0]], axes=("layer", "head")).spec()
     scale = spec["layer"][1]["encoding"]["color"]["scale"]

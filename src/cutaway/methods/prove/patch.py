@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
-from cutaway.core.errors import ParameterError
+import torch
+from torch import Tensor
+
 from cutaway.core.method import method
-from cutaway.core.params import Count, Image, Layers, MetricLike, Positions, Prompt
+from cutaway.core.params import Count, Image, Layers, MetricLike, Positions, Prompts, Target
+from cutaway.core.progress import track
 from cutaway.core.proof import Check
+from cutaway.core.site import Site
+from cutaway.engine.exchanges import Kept, called, exchanges, size_of
 from cutaway.engine.patching import Cells, Direction, Exchange, Kind
 from cutaway.engine.replay import BUDGET, replay
 from cutaway.models.handle import Model
+from cutaway.ops.means import Ends, means_of, over
 from cutaway.results.grid import Grid
 
 
@@ -20,9 +27,11 @@ from cutaway.results.grid import Grid
 )
 def patch(
     model: Model,
-    clean: Prompt,
-    corrupt: Prompt,
-    metric: MetricLike,
+    clean: Prompts,
+    corrupt: Prompts,
+    metric: MetricLike | None = None,
+    answers: list[Target] | None = None,
+    rivals: list[Target] | None = None,
     kind: Kind = "resid_pre",
     by: Literal["position", "head", "neurons"] = "position",
     layers: Layers | None = None,
@@ -41,61 +50,89 @@ def patch(
     gives. Runs are replayed: what an intervention cannot change is not computed again. The check recomputes the
     strongest cell in a whole forward pass.
 
+    Of several pairs of prompts come means over pairs with their standard errors. Normalised, that is the mean change
+    divided by the mean difference of the runs, so that pairs whose runs hardly differ do not count for more.
+
     Source: Zhang and Nanda (2024), "Towards best practices of activation patching in language models".
 
     Args:
-        clean: text or ids of the prompt whose answer is right.
-        corrupt: text or ids of equal token length.
-        metric: what is measured, e.g. ``logit_diff: #11, #22``.
+        clean: prompts whose answer is right, one or several.
+        corrupt: as many prompts, each of the token length of its clean one.
+        metric: what is measured, e.g. ``logit_diff: #11, #22``; by default the logit difference between the answers
+            of each pair's two prompts.
+        answers: instead of a metric: each pair's own answer, whose log-probability is measured.
+        rivals: each pair's own rival, whose logit is then taken off that of the answer.
         kind: the kind of site that is patched.
-        by: one cell per position, per head (at all ``positions``) or per block of neurons (likewise).
+        by: one cell per position, per head (at all ``positions``) or per block of neurons (likewise). Positions need
+            as many in every pair: where lengths differ, count them from the end (``-3--1``).
         layers: the layers to patch; all that have the kind when it is not given.
         positions: the positions to patch.
         blocks: into how many blocks neurons are divided.
         direction: which run gives and which receives.
         normalise: divide by the difference of the two runs.
-        clean_image: image of the clean prompt.
-        corrupt_image: image of the corrupt prompt; the clean one when it is not given.
-        budget: bytes that the replayed rows may take.
+        clean_image: image of the clean prompts.
+        corrupt_image: image of the corrupt prompts; the clean one when it is not given.
+        budget: bytes that the replayed rows may take, and what is kept of all pairs.
 
     Returns:
-        normalised recovery, or the metric in its unit, [layer, position | head | block].
+        normalised recovery, or the metric in its unit, [layer, position | head | block]; of several pairs the mean.
 
     Raises:
-        MismatchError: prompts of different token length, naming the tokens. ParameterError: ``by`` does not fit the
-        kind, or both runs give the same value. InputError: several prompts.
+        MismatchError: prompts of different token length, naming the row and the tokens; unequal numbers of prompts; or
+        pairs that do not have as many positions. ParameterError: ``by`` does not fit the kind, or both runs give the
+        same value.
     """
-    exchange = Exchange.of(model, clean, corrupt, metric, direction, (clean_image, corrupt_image))
-    measure, receiver = exchange.metric, exchange.receiver
-    cells = Cells.of(model, kind, by, layers, positions, blocks, exchange.prompt)
-    source = model.trace(exchange.giver, want=cells.sites)
-    sweep = cells.patches(source, exchange.giver)
-    found = replay(model, exchange.prompt, sweep, measure, budget=budget)
-    values = found.values.float().cpu()
-    base = float(found.base)
-    given = exchange.scored(source.logits, exchange.giver)
-    strongest = int((values - base).abs().argmax())
-    error = abs(exchange.scored(model.trace(receiver, do=sweep[strongest]).logits, receiver) - float(values[strongest]))
-    if normalise and abs(given - base) < 1e-6:
-        raise ParameterError(
-            f"metric '{measure}'", f"both runs give {base:.6g}", "choose prompts that differ in it, or normalise=False"
-        )
-    grid = (values - base) / (given - base) if normalise else values
+    pairs = exchanges(model, clean, corrupt, metric, answers, rivals, direction, (clean_image, corrupt_image))
+    cells = Cells.over(model, kind, by, layers, positions, blocks, [pair.prompt for pair in pairs])
+    sources = Kept(lambda i: dict(model.trace(pairs[i].giver, want=cells[i].sites, stop=True)), size_of, budget)
+    swept, given = [], []
+    for i, pair in enumerate(track(pairs, "pairs", total=len(pairs))):
+        source = model.trace(pair.giver, want=cells[i].sites)
+        sources.put(i, dict(source))
+        given.append(pair.scored(source.logits, pair.giver))
+        patches = cells[i].patches(source, pair.giver)
+        swept.append(replay(model, pair.prompt, patches, pair.metric, budget=budget))
+    values = torch.stack([each.values.float().cpu() for each in swept])
+    unit, measure = pairs[0].metric.unit, called(pair.metric for pair in pairs)
+    ends = Ends.of([(float(each.base), end) for each, end in zip(swept, given, strict=True)], measure, unit)
+    changes = torch.stack([row - base for row, base in zip(values, ends.base, strict=True)])
+    strongest = int(changes.mean(0).abs().argmax())
+    check = _check(model, pairs, cells, sources, values[:, strongest], strongest, ends)
+    if normalise:
+        ends.require_difference()
+    grid, error = ends.shares(changes) if normalise else over(values)
+    shape = (len(cells[0].rows), -1)
     return Grid(
-        title=f"{kind} patched {direction} in {model.name}",
-        values=grid.reshape(len(cells.rows), -1),
-        axes=("layer", cells.axis),
-        measure="normalised recovery" if normalise else str(measure),
-        unit="1 = the run that gives" if normalise else measure.unit,
-        center=0.0 if normalise else base,
-        labels={"layer": cells.layers, cells.axis: cells.labels},
-        check=Check(
-            name="the strongest cell, in a whole forward pass",
-            value=error,
-            tolerance=1e-4 * max(1.0, abs(given - base)),
-        ),
-        notes=(
-            f"{measure}: {base:.6g} in the run that receives, {given:.6g} in the run that gives ({measure.unit})",
-            f"how: {found.how}",
-        ),
+        title=f"{kind} patched {direction} in {model.name}{means_of(len(pairs))}",
+        values=grid.reshape(shape),
+        standard_error=None if error is None else error.reshape(shape),
+        axes=("layer", cells[0].axis),
+        measure="normalised recovery" if normalise else measure,
+        unit="1 = the run that gives" if normalise else unit,
+        center=0.0 if normalise else ends.means[0],
+        labels={"layer": cells[0].layers, cells[0].axis: cells[0].labels},
+        check=check,
+        notes=(*ends.notes(), f"how: {' or '.join(dict.fromkeys(each.how for each in swept))}"),
+    )
+
+
+def _check(
+    model: Model,
+    pairs: Sequence[Exchange],
+    cells: Sequence[Cells],
+    sources: Kept[dict[Site, Tensor]],
+    found: Tensor,
+    strongest: int,
+    ends: Ends,
+) -> Check:
+    """The strongest cell of every pair again, in a whole forward pass; the pair where it is furthest off counts."""
+    errors = []
+    for i, pair in enumerate(pairs):
+        do = cells[i].patches(sources[i], pair.giver, [cells[i].flat[strongest]])
+        exact = pair.scored(model.trace(pair.receiver, do=do).logits, pair.receiver)
+        errors.append(abs(exact - float(found[i])))
+    return Check(
+        name="the strongest cell, in a whole forward pass",
+        value=max(errors),
+        tolerance=1e-4 * max(1.0, float(ends.differences.abs().max())),
     )
