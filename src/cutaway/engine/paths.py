@@ -20,6 +20,7 @@ from cutaway.core.errors import ParameterError, UnsupportedError
 from cutaway.core.intervention import Add, Apply, Intervention, Set, Where
 from cutaway.core.site import Items, Site
 from cutaway.engine.base import Base, record, why_not
+from cutaway.engine.exchanges import size_of
 from cutaway.engine.front import attention_inputs, mlp_outputs
 from cutaway.engine.gradients import Run, observe
 from cutaway.engine.patching import Exchange, part
@@ -102,6 +103,11 @@ class Paths:
                     self._delta((sender,), len(self.layers), True)
             except (CannotReplayError, UnsupportedError) as error:
                 self.how, self.base = f"rows: {error}", None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what it keeps of both runs."""
+        return size_of(self.gives.values) + (0 if self.base is None else self.base.bytes)
 
     def reaches(self, sender: Sender, receiver: Site) -> bool:
         """Whether what a sender writes is there when a receiver reads."""

@@ -68,7 +68,7 @@ class Ends:
             )
 
     def shares(self, changes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and standard error over pairs of changes [pair, cell], each as a share of the mean difference."""
+        """Mean and standard error over pairs of changes [pair, ...], each as a share of the mean difference."""
         error = mean_error(changes, self.differences) if len(self) > 1 else None
         return changes.mean(0) / self.between, error
 
@@ -80,7 +80,7 @@ class Ends:
 
 
 def over(changes: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Mean and standard error over pairs of numbers [pair, cell]; no error of one pair."""
+    """Mean and standard error over pairs of numbers [pair, ...]; no error of one pair."""
     return changes.mean(0), mean_error(changes) if len(changes) > 1 else None
 
 

@@ -33,13 +33,14 @@ def bootstrap_means(values: Tensor, samples: int, seed: int, level: float = 0.95
 
 
 def mean_error(values: Tensor, per: Tensor | None = None) -> Tensor:
-    """[m] standard error of each column's mean over the rows of [n, m] values; at least two rows.
+    """[...] standard error of the mean over the first axis of [n, ...] values; n is at least 2.
 
     With ``per`` [n]: of that mean divided by the mean of ``per``, whose own spread counts (the ratio is linearised).
     """
     n, values = values.shape[0], values.double()
     if per is None:
         return values.std(dim=0) / n**0.5
-    unit = per.double().mean()
-    left = values - values.mean(dim=0) / unit * per.double()[:, None]
+    per = per.double().view(-1, *[1] * (values.ndim - 1))
+    unit = per.mean()
+    left = values - values.mean(dim=0) / unit * per
     return left.std(dim=0) / unit.abs() / n**0.5

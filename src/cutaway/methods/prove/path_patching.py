@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cutaway.core.errors import ParameterError
-from cutaway.core.intervention import Intervention
 from cutaway.core.method import method
-from cutaway.core.params import Count, DrawCount, Image, MetricLike, Positions, Prompt, Sites
+from cutaway.core.params import Count, DrawCount, Image, MetricLike, Positions, Prompts, Sites, Target
+from cutaway.core.progress import track
 from cutaway.core.proof import Check, Proof
 from cutaway.core.site import Items, Site
+from cutaway.engine.exchanges import Kept, called, exchanges
 from cutaway.engine.patching import Direction, Exchange
 from cutaway.engine.paths import Between, Paths, receivers_of
 from cutaway.engine.replay import BUDGET, replay
 from cutaway.models.handle import Model
 from cutaway.ops.draws import prove_sets
+from cutaway.ops.means import Ends, means_of, over
 from cutaway.ops.watched import rounding
 from cutaway.results.grid import Grid
 
@@ -36,10 +39,12 @@ Senders = Literal["heads", "mlps", "heads and mlps", "all"]
 )
 def path_patching(
     model: Model,
-    clean: Prompt,
-    corrupt: Prompt,
+    clean: Prompts,
+    corrupt: Prompts,
     receivers: Sites,
     metric: MetricLike | None = None,
+    answers: list[Target] | None = None,
+    rivals: list[Target] | None = None,
     senders: Senders = "heads",
     between: Between = "frozen",
     each: bool = False,
@@ -60,15 +65,20 @@ def path_patching(
     for them. The check takes the strongest path once more, in whole forward passes; the proof patches the paths of the
     strongest senders together, against random senders.
 
+    Of several pairs of prompts come means over pairs with their standard errors. Normalised, that is the mean change
+    divided by the mean difference of the runs, so that pairs whose runs hardly differ do not count for more.
+
     Sources: Wang et al. (2023), "Interpretability in the wild"; Goldowsky-Dill et al. (2023), "Localizing model
     behavior with path patching".
 
     Args:
-        clean: text or ids of the prompt whose answer is right.
-        corrupt: text or ids of equal token length.
+        clean: prompts whose answer is right, one or several.
+        corrupt: as many prompts, each of the token length of its clean one.
         receivers: where paths end: ``L9.attn.q[6]``, ``L5.attn.k``, ``L3.attn.v[0]@-1``, ``L4.mlp.in``, or
             ``final_norm`` for the logits. Keys and values are named by key-value head.
-        metric: what is measured; by default the logit difference between the answers of the two prompts.
+        metric: what is measured; by default the logit difference between the answers of each pair's two prompts.
+        answers: instead of a metric: each pair's own answer, whose log-probability is measured.
+        rivals: each pair's own rival, whose logit is then taken off that of the answer.
         senders: where paths start; "all" takes the embedding too.
         between: what happens between sender and receivers. "frozen": nothing, the direct path; "mlps": MLPs are
             computed again, heads are not; "recomputed": everything is, so that all paths to the receivers count.
@@ -76,58 +86,73 @@ def path_patching(
         positions: where senders are patched.
         direction: which run gives and which receives.
         normalise: divide by the difference of the two runs.
-        clean_image: image of the clean prompt.
-        corrupt_image: image of the corrupt prompt; the clean one when it is not given.
+        clean_image: image of the clean prompts.
+        corrupt_image: image of the corrupt prompts; the clean one when it is not given.
         draws: random sets of senders in the proof, at least 5; 0 leaves it out.
         seed: of the draws.
-        budget: bytes that the replayed rows may take.
+        budget: bytes that the replayed rows may take, and what is kept of all pairs.
 
     Returns:
         change of the metric, as a share of the runs' difference or in its unit: [layer, head], [layer, component], or
-        [sender, receiver]. NaN where no path leads from sender to receiver.
+        [sender, receiver]; of several pairs the mean. NaN where no path leads from sender to receiver.
 
     Raises:
         ParameterError: a receiver that is none, no path at all, or both runs give the same value. MismatchError:
-        prompts of different token length, naming the tokens. SiteError: a receiver that is not there.
+        prompts of different token length, naming the row and the tokens, or unequal numbers of prompts. SiteError: a
+        receiver that is not there.
     """
-    exchange = Exchange.of(model, clean, corrupt, metric, direction, (clean_image, corrupt_image))
-    ends = receivers_of(model, receivers, exchange, each)
-    exchange.prompt.select(positions, "positions")
-    starts = _senders(model, exchange, senders, None if positions == "all" else positions)
-    paths = Paths(model, exchange, starts, ends, between)
-    changes = paths.changes([(sender,) for sender in starts])
-    runs = [[[c] for c in row] if each else [[c for c in row if c is not None]] for row in changes]
-    flat = [[c for c in run if c is not None] for row in runs for run in row]
-    values, base, how = _effects(model, exchange, flat, budget, paths)
-    between_runs = paths.given - base
-    if normalise and abs(between_runs) < 1e-6:
-        said, hint = f"both runs give {base:.6g}", "choose prompts that differ in it, or normalise=False"
-        raise ParameterError(f"metric '{exchange.metric}'", said, hint)
+    pairs = exchanges(model, clean, corrupt, metric, answers, rivals, direction, (clean_image, corrupt_image))
+    ends, *_ = [receivers_of(model, receivers, pair, each) for pair in pairs]
+    for pair in pairs:
+        pair.prompt.select(positions, "positions")
+    starts = _senders(model, pairs[0], senders, None if positions == "all" else positions)
+    kept = Kept(lambda i: Paths(model, pairs[i], starts, ends, between), lambda paths: paths.bytes, budget)
+    found = [
+        _effects(model, pair, kept[i], [(sender,) for sender in starts], each, budget)
+        for i, pair in enumerate(track(pairs, "pairs", total=len(pairs)))
+    ]
+    measure, unit = called(pair.metric for pair in pairs), pairs[0].metric.unit
+    both = Ends.of([(one.base, one.given) for one in found], measure, unit)
+    if normalise:
+        both.require_difference()
+    values = torch.stack([one.values for one in found])
     if bool(values.isnan().all()):
-        found = f"none of {len(starts)} senders comes before {', '.join(map(str, ends))}"
-        raise ParameterError("receivers", found, "name receivers in later layers")
-    sign = 1 if between_runs >= 0 else -1
-    total = values.view(len(starts), -1).nan_to_num(0.0).sum(1)
-    reached = ~values.view(len(starts), -1).isnan().all(1)
-    proof = _proof(
-        model, exchange, paths, torch.where(reached, total, float("nan")) * sign, base, sign, draws, seed, budget
+        said = f"none of {len(starts)} senders comes before {', '.join(map(str, ends))}"
+        raise ParameterError("receivers", said, "name receivers in later layers")
+
+    def effect(sets: list[list[int]]) -> Tensor:
+        named = [[starts[i] for i in some] for some in sets]
+        each_pair = [_effects(model, pair, kept[i], named, False, budget).values for i, pair in enumerate(pairs)]
+        return both.sign * torch.stack(each_pair).mean(0)[:, 0]
+
+    changed = values.mean(0)
+    proof = prove_sets(
+        effect,
+        torch.where(changed.isnan().all(1), float("nan"), changed.nan_to_num(0.0).sum(1)) * both.sign,
+        [-1 if sender.kind == "embed" else sender.layer for sender in starts],
+        draws,
+        seed,
+        ablated="patching the strongest paths together",
+        metric=measure,
+        unit=unit,
+        matched="layer",
     )
-    shown = values / between_runs if normalise else values
-    axes, grid, labels = _laid_out(starts, ends, shown.view(len(starts), -1), each)
-    unit = exchange.metric.unit
-    named = ", ".join(map(str, ends[:4])) + (f" and {len(ends) - 4} more" if len(ends) > 4 else "")
+    shown, error = both.shares(values) if normalise else over(values)
+    axes, grid, labels = _laid_out(starts, ends, shown, each)
+    said = ", ".join(map(str, ends[:4])) + (f" and {len(ends) - 4} more" if len(ends) > 4 else "")
     return Grid(
-        title=f"paths from {senders} to {named}, patched {direction} in {model.name}",
+        title=f"paths from {senders} to {said}, patched {direction} in {model.name}{means_of(len(pairs))}",
         values=grid,
+        standard_error=None if error is None else _laid_out(starts, ends, error, each)[1],
         axes=axes,
-        measure="share of the answer that the path brings" if normalise else f"change of {exchange.metric}",
+        measure="share of the answer that the path brings" if normalise else f"change of {measure}",
         unit="1 = the run that gives" if normalise else unit,
         labels=labels,
-        check=_check(model, exchange, paths, starts, ends, values.view(len(starts), -1), base, each),
+        check=_check(model, pairs, kept, ends, found, each),
         proof=proof,
         notes=(
-            f"{exchange.metric}: {base:.6g} in the run that receives, {paths.given:.6g} in the run that gives ({unit})",
-            f"in between: {between}; receivers by {paths.how}; then {how}",
+            *both.notes(),
+            f"in between: {between}; {' or '.join(dict.fromkeys(one.how for one in found))}",
             *(["no proof: no path promises anything, or there are too few"] if draws and proof is None else []),
         ),
     )
@@ -148,17 +173,34 @@ def _senders(model: Model, exchange: Exchange, which: Senders, positions: Items 
     return found
 
 
+@dataclass(frozen=True)
+class _Effects:
+    """What sets of senders change in one pair.
+
+    Attributes:
+        values: [set, receiver] change of the metric, all receivers as one unless asked for each; NaN without a path.
+        base, given: the metric in the run that receives and in the one that gives.
+        how: what computed the receivers, and then the metric.
+    """
+
+    values: Tensor
+    base: float
+    given: float
+    how: str
+
+
 def _effects(
-    model: Model, exchange: Exchange, runs: Sequence[Sequence[Intervention]], budget: int, paths: Paths
-) -> tuple[Tensor, float, str]:
-    """([run] change of the metric, NaN for runs that do nothing; the metric without them; how they ran)."""
-    values = torch.full((len(runs),), float("nan"), dtype=torch.float64)
+    model: Model, exchange: Exchange, paths: Paths, sets: Sequence[Sequence[Site]], each: bool, budget: int
+) -> _Effects:
+    changes = paths.changes(sets)
+    rows = [[one] for row in changes for one in row] if each else changes
+    runs = [[one for one in row if one is not None] for row in rows]
     live = [i for i, run in enumerate(runs) if run]
-    sweep = [list(runs[i]) for i in live]
-    found = replay(model, exchange.prompt, sweep, exchange.metric, budget=budget, base=paths.base)
+    found = replay(model, exchange.prompt, [runs[i] for i in live], exchange.metric, budget=budget, base=paths.base)
     base = float(found.base)
+    values = torch.full((len(runs),), float("nan"), dtype=torch.float64)
     values[live] = found.values.double().cpu() - base
-    return values, base, found.how
+    return _Effects(values.view(len(sets), -1), base, paths.given, f"receivers by {paths.how}; then {found.how}")
 
 
 def _laid_out(
@@ -187,51 +229,25 @@ def _component(sender: Site) -> str | int:
 
 def _check(
     model: Model,
-    exchange: Exchange,
-    paths: Paths,
-    starts: Sequence[Site],
+    pairs: Sequence[Exchange],
+    kept: Kept[Paths],
     ends: Sequence[Site],
-    values: Tensor,
-    base: float,
+    found: Sequence[_Effects],
     each: bool,
 ) -> Check:
-    """The strongest path once more: the receivers from whole layers, the metric from a whole pass."""
-    row, column = divmod(int(values.nan_to_num(0.0).abs().argmax()), values.shape[1])
-    chosen = [ends[column]] if each else ends
-    again = Paths(model, exchange, [starts[row]], chosen, paths.between, rows=True, gives=paths.gives)
-    do = [c for c in again.changes([(starts[row],)])[0] if c is not None]
-    value = exchange.scored(model.trace(exchange.receiver, do=do).logits, exchange.receiver)
+    """The strongest path once more in every pair: the receivers from whole layers, the metric from a whole pass."""
+    mean = torch.stack([one.values for one in found]).mean(0).nan_to_num(0.0)
+    row, column = divmod(int(mean.abs().argmax()), mean.shape[1])
+    sender, chosen = kept[0].senders[row], [ends[column]] if each else ends
+    errors = []
+    for i, (pair, one) in enumerate(zip(pairs, found, strict=True)):
+        paths = kept[i]
+        again = Paths(model, pair, [sender], chosen, paths.between, rows=True, gives=paths.gives)
+        do = [c for c in again.changes([(sender,)])[0] if c is not None]
+        value = pair.scored(model.trace(pair.receiver, do=do).logits, pair.receiver)
+        errors.append(value - one.base - float(one.values[row, column]))
     return Check(
-        name=f"the strongest path, from {starts[row]}, in whole forward passes",
-        value=value - base - float(values[row, column]),
-        tolerance=rounding(model.dtype) * max(1.0, abs(base), abs(paths.given)),
-    )
-
-
-def _proof(
-    model: Model,
-    exchange: Exchange,
-    paths: Paths,
-    promised: Tensor,
-    base: float,
-    sign: int,
-    draws: int,
-    seed: int,
-    budget: int,
-) -> Proof | None:
-    def effect(sets: list[list[int]]) -> Tensor:
-        changes = paths.changes([[paths.senders[i] for i in some] for some in sets])
-        runs = [[c for c in row if c is not None] for row in changes]
-        return sign * _effects(model, exchange, runs, budget, paths)[0]
-
-    return prove_sets(
-        effect,
-        promised,
-        [-1 if s.kind == "embed" else s.layer for s in paths.senders],
-        draws,
-        seed,
-        ablated="patching the strongest paths together",
-        metric=str(exchange.metric),
-        unit=exchange.metric.unit,
-        matched="layer",
+        name=f"the strongest path, from {sender}, in whole forward passes",
+        value=max(errors, key=abs),
+        tolerance=rounding(model.dtype) * max(1.0, *(abs(end) for one in found for end in (one.base, one.given))),
     )

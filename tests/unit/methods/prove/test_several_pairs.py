@@ -30,6 +30,9 @@ SWEEPS: list[tuple[str, dict[str, Any]]] = [
     ("patch", {"kind": "resid_post"}),
     ("patch", {"kind": "attn.z", "by": "head", "direction": "corrupt->clean"}),
     ("patch", {"kind": "mlp.act", "by": "neurons", "positions": "1-3"}),
+    ("path_patching", {"receivers": "L2.attn.v, L2.mlp.in", "draws": 0}),
+    ("path_patching", {"receivers": "L2.attn.q@-1, final_norm", "senders": "all", "each": True, "draws": 0}),
+    ("path_patching", {"receivers": "L2.attn.k", "between": "mlps", "direction": "corrupt->clean"}),
 ]
 
 
@@ -180,6 +183,25 @@ def test_over_many_pairs_the_heads_of_the_circuit_stand_out() -> None:
         run("patch", of, same, few["corrupt"])
 
 
+def test_over_many_pairs_paths_lead_from_the_head_that_hears_to_the_one_that_looks() -> None:
+    found = run("path_patching", load("circuit-ioi"), receivers="L2.attn.q[2]@-1", draws=8, **ioi(20))
+    strong = [f"L{layer}.attn.z[{head}]" for layer, head in np.argwhere(found.values > 0.1)]
+    assert strong == ["L1.attn.z[0]"]
+    assert found.values[1, 0] == pytest.approx(1, abs=0.01)
+    assert found.proof is not None
+    assert found.proof.holds, str(found.proof)
+    assert found.proof.effect[0] == pytest.approx(80.6, abs=0.5)  # the mean difference of the runs, in logits
+
+
+def test_paths_of_unequal_lengths_are_averaged() -> None:
+    of, given = model("grouped-query"), {"metric": DIFF, "normalise": False, "receivers": "L2.attn.q@-1, L2.mlp.in"}
+    found, each = run("path_patching", of, *UNEVEN, **given), singles("path_patching", of, *UNEVEN, **given)
+    np.testing.assert_allclose(found.values, np.mean([grid.values for grid in each], axis=0), atol=1e-5)
+    assert found.proof is not None
+    with pytest.raises(LookupError, match="position 5 is not there"):
+        run("path_patching", of, *UNEVEN, metric=DIFF, receivers="L2.attn.q@5")
+
+
 @pytest.mark.parametrize(
     ("params", "error", "sentence"),
     [
@@ -193,7 +215,7 @@ def test_over_many_pairs_the_heads_of_the_circuit_stand_out() -> None:
         ({"clean": [*CLEAN[:2], "f m d"], "metric": DIFF}, ParameterError, "it mixes texts and token ids"),
     ],
 )
-@pytest.mark.parametrize("method", ["patch"])
+@pytest.mark.parametrize("method", ["patch", "path_patching"])
 def test_what_cannot_be_averaged_says_why(
     method: str, params: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
