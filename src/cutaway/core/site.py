@@ -201,14 +201,17 @@ class Site:
         *,
         layer: int | None = None,
         index: int | Sequence[int] | Items | None = None,
+        inner: Sequence[int] | Items | None = None,
         positions: int | str | Sequence[int] | Items | None = None,
     ) -> Site:
-        """This site at a layer, heads or neurons, or positions; what is not given stays."""
+        """This site at a layer, heads or neurons, neurons inside experts, or positions; what is not given stays."""
         site = self
         if layer is not None:
             site = replace(site, layers=Items.of(layer))
         if index is not None:
             site = replace(site, index=Items.of(index))
+        if inner is not None:
+            site = replace(site, inner=Items.of(inner))
         if positions is not None:
             site = replace(site, positions=positions if isinstance(positions, str) else Items.of(positions))
         return site

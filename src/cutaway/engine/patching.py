@@ -19,9 +19,25 @@ from cutaway.models.handle import Model
 
 Direction = Literal["clean->corrupt", "corrupt->clean"]
 Kind = Literal[
-    "resid_pre", "attn.q", "attn.k", "attn.v", "attn.z", "attn.out", "resid_mid", "mlp.act", "mlp.out", "resid_post"
+    "resid_pre",
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.z",
+    "attn.out",
+    "resid_mid",
+    "mlp.act",
+    "expert.act",
+    "mlp.out",
+    "resid_post",
 ]
-HEADED = ("attn.q", "attn.k", "attn.v", "attn.z")
+By = Literal["position", "head", "neurons", "expert"]
+UNITS = {
+    "head": ("attn.q", "attn.k", "attn.v", "attn.z"),
+    "neurons": ("mlp.act", "expert.act"),
+    "expert": ("expert.act",),
+}
+"""The kinds whose tensors are divided so; every kind is divided by position."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,7 @@ class Cells:
     Attributes:
         rows: concrete sites [layer][cell]. axis: name of the second axis. labels: of its cells.
         places: padded positions that cells cover; one each where the axis is "position".
-        widths: heads or neurons per cell; empty where the axis is "position".
+        widths: heads, experts or neurons per cell; empty where the axis is "position".
     """
 
     rows: list[list[Site]]
@@ -127,7 +143,9 @@ class Cells:
         blocks: int,
         inputs: Inputs,
     ) -> Cells:
-        """One cell per position, per head (at all ``positions``) or per block of neurons, in every layer.
+        """One cell per position, or per head, expert or block of neurons (at all ``positions``), in every layer.
+
+        A block of experts' neurons lies inside one expert, so that there is at least one of each.
 
         Raises:
             ParameterError: ``by`` does not fit the kind, or layers differ in size. SiteError: what is not there.
@@ -144,23 +162,17 @@ class Cells:
             tokens = tuple(inputs.tokens[0][p] for p in padded)
             return Cells([[site.at(positions=p) for p in places] for site in whole], "position", tokens, padded)
         where = None if positions == "all" else Items.of(places)
-        needs = HEADED if by == "head" else ("mlp.act",)
-        if kind not in needs:
-            found, hint = "that kind has none", f"choose kind {' or '.join(needs)}"
+        if kind not in UNITS[by]:
+            found, hint = "that kind has none", f"choose kind {' or '.join(UNITS[by])}"
             raise ParameterError(f"by={by!r} with kind={kind!r}", found, hint)
-        sizes = {site.layer: anatomy.size(site) for site in whole}
+        inside = {site.layer: anatomy.stacks[""][site.layer].d_expert for site in whole if kind == "expert.act"}
+        sizes = {site.layer: (anatomy.size(site), inside.get(site.layer, 0)) for site in whole}
         if len(set(sizes.values())) > 1:
-            found = f"they have {[*sizes.values()]}"
+            found = f"they have {[f'{n} of {d} neurons' if inside else n for n, d in sizes.values()]}"
             raise ParameterError(f"by={by!r} over layers {[*sizes]}", found, "name layers alike")
-        size = next(iter(sizes.values()))
-        if by == "head":
-            rows = [[site.at(index=h, positions=where) for h in range(size)] for site in whole]
-            return Cells(rows, "head", tuple(range(size)), padded, (1,) * size)
-        edges = [round(i * size / min(blocks, size)) for i in range(min(blocks, size) + 1)]
-        spans = list(pairwise(edges))
-        names = tuple(f"{a}-{b - 1}" for a, b in spans)
-        rows = [[site.at(index=range(a, b), positions=where) for a, b in spans] for site in whole]
-        return Cells(rows, "neurons", names, padded, tuple(b - a for a, b in spans))
+        divided = [_units(site.at(positions=where), by, *sizes[site.layer], blocks) for site in whole]
+        labels, _, widths = zip(*divided[0], strict=True)
+        return Cells([[cell for _, cell, _ in units] for units in divided], by, labels, padded, widths)
 
     @staticmethod
     def over(
@@ -203,7 +215,8 @@ class Cells:
             if not self.widths:
                 found.append(x.flatten(1).sum(1))
                 continue
-            by_unit = x.sum(0) if x.ndim == 2 else x.sum((0, 2))
+            units = x.sum(0)
+            by_unit = units.flatten() if self.axis == "neurons" else units.reshape(len(units), -1).sum(1)
             whole = len(self.widths) == len(by_unit)
             found.append(by_unit if whole else torch.stack([part.sum() for part in by_unit.split(list(self.widths))]))
         return torch.stack(found).cpu()
@@ -232,4 +245,22 @@ def part(x: Tensor, cell: Site, inputs: Inputs) -> Tensor:
         x = x[:, inputs.select(cell.positions, f"site '{cell}'")[0]]
     if cell.index is not None:
         x = x.index_select(2, torch.tensor(cell.index.resolve(x.shape[2], "index", f"site '{cell}'"), device=x.device))
+    if cell.inner is not None:
+        x = x.index_select(3, torch.tensor(cell.inner.resolve(x.shape[3], "neuron", f"site '{cell}'"), device=x.device))
     return x
+
+
+def _units(site: Site, by: str, size: int, inside: int, blocks: int) -> list[tuple[str | int, Site, int]]:
+    """(label, cell, width) of ``size`` heads, experts or neurons, or blocks of them; an expert has ``inside``."""
+    if by != "neurons":
+        return [(i, site.at(index=i), 1) for i in range(size)]
+    if not inside:
+        return [(f"{a}-{b - 1}", site.at(index=range(a, b)), b - a) for a, b in _spans(size, blocks)]
+    spans = _spans(inside, max(1, blocks // size))
+    return [(f"{e}/{a}-{b - 1}", site.at(index=e, inner=range(a, b)), b - a) for e in range(size) for a, b in spans]
+
+
+def _spans(size: int, blocks: int) -> list[tuple[int, int]]:
+    """(first, one past the last) of so many blocks of ``size`` items, as even as can be."""
+    n = min(blocks, size)
+    return list(pairwise(round(i * size / n) for i in range(n + 1)))

@@ -3,7 +3,8 @@
 Whatever is written at q, k, v, z, a neuron or a block's output acts on the rest of the model only through the residual
 stream. So each run becomes an ``Entry``: at which layer it joins, whether before or after that layer's attention, and
 what it adds there. Each step of the way (heads through the output matrix, neurons through theirs, a norm after it) is
-checked on the base run itself; where the numbers do not agree the sweep is refused.
+checked on the base run itself; where the numbers do not agree the sweep is refused. Experts are the exception: what is
+written there is done where the layer computes them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from cutaway.models.region import Region, Window
 INSIDE = ("attn.q", "attn.k", "attn.v")
 ATTENTION = (*INSIDE, "attn.z", "attn.out")
 MLP = ("mlp.act", "mlp.out")
-SUPPORTED = ("resid_pre", "resid_mid", "resid_post", *ATTENTION, *MLP)
+EXPERTS = ("expert.gate", "expert.act")
+"""Kinds of which a layer makes the residual stream by itself: their runs join it with all their rows."""
+SUPPORTED = ("resid_pre", "resid_mid", "resid_post", *ATTENTION, *MLP, *EXPERTS)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -50,8 +53,8 @@ class Entry:
         layer: the first layer that sees the change; the number of layers when only the readout does.
         mid: it joins after that layer's attention, whose result stays the base run's.
         positions: where it writes. first: the earliest position that it changes.
-        lines: all that a run of several interventions does, from ``layer`` on; the other attributes then say what the
-            first of them does.
+        lines: all that a run of several interventions, or one of experts, does, from ``layer`` on; the other
+            attributes then say what the first of them does.
     """
 
     run: int
@@ -83,7 +86,7 @@ def wanted(model: Model, sites: Iterable[Site]) -> list[Site]:
 
 
 def entry(model: Model, reach: Reach, positions: Sequence[int], run: int, item: Intervention) -> Entry:
-    """Where a run joins; its site names one layer and one of ``SUPPORTED``."""
+    """Where a run of one intervention joins; its site names one layer and one of ``SUPPORTED`` but ``EXPERTS``."""
     site = item.site
     parallel = model.layers[site.layer].parallel
     after = site.kind in (*MLP, "resid_post") or (site.kind in ATTENTION and parallel)
@@ -93,7 +96,7 @@ def entry(model: Model, reach: Reach, positions: Sequence[int], run: int, item: 
 
 
 def scripted(base: Base, run: int, items: Sequence[Intervention]) -> Entry:
-    """Where a run of several interventions joins: with the base run's rows, at the first layer where it acts."""
+    """Where a run of interventions done in place joins: with the base run's rows, at the first layer where it acts."""
     lines = tuple(Line.of(item, base.inputs) for item in items)
     first = min(base.reach.first[p] for line in lines for p in line.positions)
     site = lines[0].site

@@ -19,7 +19,7 @@ from cutaway.core.site import Site
 from cutaway.engine.base import Base, record, why_not
 from cutaway.engine.plan import Sizes, plan_walks
 from cutaway.engine.readout import Readout
-from cutaway.engine.reduce import SUPPORTED, Entry, Reducer, entry, scripted, tolerance, wanted
+from cutaway.engine.reduce import EXPERTS, SUPPORTED, Entry, Reducer, entry, scripted, tolerance, wanted
 from cutaway.engine.rows import CannotReplayError
 from cutaway.engine.walk import Walk
 from cutaway.models.handle import Model
@@ -163,7 +163,7 @@ def _prepare(
     odd = next((site for site in sites if site.kind not in SUPPORTED or site.scope), None)
     if reason or odd is not None:
         raise CannotReplayError(reason or f"'{odd}' acts on more than the residual stream of its own layer")
-    alone = {i: items[0] for i, items in enumerate(runs) if len(items) == 1}
+    alone = {i: one[0] for i, one in enumerate(runs) if len(one) == 1 and one[0].site.kind not in EXPERTS}
     needed = wanted(model, [item.site for item in alone.values()])
     holds = known is not None and known.values.keys() >= set(needed) and known.inputs.digest == inputs.digest
     base = known if known is not None and holds else record(model, inputs, needed)

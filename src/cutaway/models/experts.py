@@ -1,7 +1,7 @@
 """Experts' insides.
 
-Neurons are seen by running transformers' own batched experts function on a stand-in that hands every attribute of the
-module through and lets us see, and change, what its gate gives.
+Neurons are seen by running transformers' own experts function on a stand-in that hands every attribute of the module
+through and lets us see, and change, what its gate gives.
 """
 
 from __future__ import annotations
@@ -30,15 +30,37 @@ class _StandIn:
         return self._seen(self._module.act_fn(x))
 
 
-def run_experts(
-    module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, change: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """[token, d_model] the experts' output, with neurons [token, k, d_expert] passed through ``change``."""
-    from transformers.integrations.moe import batched_mm_experts_forward
+def shows(native: Any) -> bool:
+    """Whether an experts function applies the gate to all tokens at once, so that it shows the neurons itself."""
+    from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
-    k = top_k_index.shape[-1]
-    stand_in = _StandIn(module, lambda acts: change(acts.view(-1, k, acts.shape[-1])).reshape(acts.shape))
-    return batched_mm_experts_forward(stand_in, hidden, top_k_index, top_k_weights)
+    return native in (batched_mm_experts_forward, grouped_mm_experts_forward)
+
+
+def run_experts(
+    native: Any,
+    module: nn.Module,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    change: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """[token, d_model] the experts' output, with neurons [token, k, d_expert] passed through ``change``.
+
+    By ``native`` itself where it ``shows`` them; otherwise by the batched function, equal to it up to rounding.
+    """
+    from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+
+    def seen(acts: Tensor) -> Tensor:
+        return change(acts.view(-1, top_k_index.shape[-1], acts.shape[-1])).reshape(acts.shape)
+
+    if native is not grouped_mm_experts_forward:
+        return batched_mm_experts_forward(_StandIn(module, seen), hidden, top_k_index, top_k_weights)
+    by_expert = torch.sort(top_k_index.reshape(-1)).indices  # the order in which it takes tokens
+    by_token = torch.argsort(by_expert)
+    return grouped_mm_experts_forward(
+        _StandIn(module, lambda acts: seen(acts[by_token])[by_expert]), hidden, top_k_index, top_k_weights
+    )
 
 
 def scatter_gate(top_k_index: Tensor, top_k_weights: Tensor, n_experts: int) -> Tensor:

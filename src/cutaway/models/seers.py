@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cutaway.models.attention import SoftmaxProbe, additive_mask, plain_attention
-from cutaway.models.experts import gather_acts, gather_gate, run_experts, scatter_acts, scatter_gate
+from cutaway.models.experts import gather_acts, gather_gate, run_experts, scatter_acts, scatter_gate, shows
 from cutaway.models.plan import Attention, Layer
 from cutaway.models.recorder import OpKey, op_name, operand_rank
 
@@ -222,10 +222,10 @@ class ExpertsSeer:
             seen = self.watch.see(act_place, full, split, merge)
             return gather_acts(index, seen)
 
-        if self.watch.changes(*act_place):
-            return run_experts(module, hidden, index, weights, change)
+        if shows(native) or self.watch.changes(*act_place):
+            return run_experts(native, module, hidden, index, weights, change)
         out = native(module, hidden, index, weights)
-        run_experts(module, hidden, index, weights, change)
+        run_experts(native, module, hidden, index, weights, change)
         return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import annotated_types
 from torch import Tensor
@@ -12,7 +12,7 @@ from cutaway.core.method import method
 from cutaway.core.params import Count, DrawCount, Image, Layers, MetricLike, Positions, Prompt
 from cutaway.core.proof import Check, Proof
 from cutaway.engine.estimate import Estimate, estimate, measured
-from cutaway.engine.patching import Cells, Direction, Exchange, Kind
+from cutaway.engine.patching import By, Cells, Direction, Exchange, Kind
 from cutaway.engine.replay import BUDGET, replay
 from cutaway.engine.together import run_together
 from cutaway.models.handle import Model
@@ -43,7 +43,7 @@ def attribution_patching(
     corrupt: Prompt,
     metric: MetricLike | None = None,
     kind: Kind = "resid_pre",
-    by: Literal["position", "head", "neurons"] = "position",
+    by: By = "position",
     layers: Layers | None = None,
     positions: Positions = "all",
     blocks: Count = 16,
@@ -72,7 +72,7 @@ def attribution_patching(
         corrupt: text or ids of equal token length.
         metric: what is measured; by default the logit difference between the answers of the two prompts.
         kind: the kind of site that is patched.
-        by: one cell per position, per head (at all ``positions``) or per block of neurons (likewise).
+        by: one cell per position, or per head, expert or block of neurons (at all ``positions``).
         layers: the layers to patch; all that have the kind when it is not given.
         positions: the positions to patch.
         blocks: into how many blocks neurons are divided; as many as there are neurons costs no more.
@@ -87,7 +87,7 @@ def attribution_patching(
         budget: bytes that the replayed rows may take.
 
     Returns:
-        estimated recovery, or change of the metric in its unit, [layer, position | head | block].
+        estimated recovery, or change of the metric in its unit, [layer, position | head | expert | block].
 
     Raises:
         MismatchError: prompts of different token length, naming the tokens. ParameterError: ``by`` does not fit the

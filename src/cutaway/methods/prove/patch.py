@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from cutaway.core.progress import track
 from cutaway.core.proof import Check
 from cutaway.core.site import Site
 from cutaway.engine.exchanges import Kept, called, exchanges, size_of
-from cutaway.engine.patching import Cells, Direction, Exchange, Kind
+from cutaway.engine.patching import By, Cells, Direction, Exchange, Kind
 from cutaway.engine.replay import BUDGET, replay
 from cutaway.models.handle import Model
 from cutaway.ops.means import Ends, means_of, over
@@ -33,7 +32,7 @@ def patch(
     answers: list[Target] | None = None,
     rivals: list[Target] | None = None,
     kind: Kind = "resid_pre",
-    by: Literal["position", "head", "neurons"] = "position",
+    by: By = "position",
     layers: Layers | None = None,
     positions: Positions = "all",
     blocks: Count = 16,
@@ -63,8 +62,8 @@ def patch(
         answers: instead of a metric: each pair's own answer, whose log-probability is measured.
         rivals: each pair's own rival, whose logit is then taken off that of the answer.
         kind: the kind of site that is patched.
-        by: one cell per position, per head (at all ``positions``) or per block of neurons (likewise). Positions need
-            as many in every pair: where lengths differ, count them from the end (``-3--1``).
+        by: one cell per position, or per head, expert or block of neurons (at all ``positions``). Positions need as
+            many in every pair: where lengths differ, count them from the end (``-3--1``).
         layers: the layers to patch; all that have the kind when it is not given.
         positions: the positions to patch.
         blocks: into how many blocks neurons are divided.
@@ -75,7 +74,7 @@ def patch(
         budget: bytes that the replayed rows may take, and what is kept of all pairs.
 
     Returns:
-        normalised recovery, or the metric in its unit, [layer, position | head | block]; of several pairs the mean.
+        normalised recovery, or the metric in its unit, [layer, position | head | expert | block]; of several pairs the mean.
 
     Raises:
         MismatchError: prompts of different token length, naming the row and the tokens; unequal numbers of prompts; or
