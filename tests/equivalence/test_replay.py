@@ -46,6 +46,8 @@ KINDS = (
     "attn.q",
     "attn.k",
     "attn.v",
+    "expert.gate",
+    "expert.act",
 )
 CLOSE = 1e-5
 """Largest error allowed, as a fraction of the largest logit or metric."""
@@ -64,7 +66,7 @@ def made(name: str) -> tuple[Model, Inputs]:
 def places(model: Model, inputs: Inputs, kind: str) -> list[Site]:
     """In every layer: all positions, the first, a negative one, several; all heads or neurons, one, several."""
     layers = model.layers
-    indexed = kind in ("attn.z", "attn.q", "attn.k", "attn.v", "mlp.act")
+    indexed = kind in ("attn.z", "attn.q", "attn.k", "attn.v", "mlp.act", "expert.gate", "expert.act")
     found = []
     for layer in (i for i, plan in enumerate(layers) if plan.has(kind)):
         for positions in (None, 0, -1, [2, inputs.ids.shape[1] - 3]):
