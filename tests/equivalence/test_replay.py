@@ -138,7 +138,7 @@ def test_several_interventions_in_a_run(name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_interventions_of_one_kind(kind: str) -> None:
     """In the last layer too, at positions that are not read."""
-    model, inputs = made("LlamaForCausalLM")
+    model, inputs = made("MixtralForCausalLM" if kind.startswith("expert.") else "LlamaForCausalLM")
     compare(model, inputs, several(model, inputs, (kind,), 8), Metric("logit_diff", (1, 2)))
 
 
