@@ -74,7 +74,7 @@ def patch(
         budget: bytes that the replayed rows may take, and what is kept of all pairs.
 
     Returns:
-        normalised recovery, or the metric in its unit, [layer, position | head | expert | block]; of several pairs the mean.
+        normalised recovery, or the metric in its unit, [layer, position | head | expert | block]; the mean of pairs.
 
     Raises:
         MismatchError: prompts of different token length, naming the row and the tokens; unequal numbers of prompts; or
