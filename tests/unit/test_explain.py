@@ -228,7 +228,7 @@ def test_a_folder_that_holds_something_else_is_refused_before_the_run(
     assert main(["explain", "planted-llama", "--out", str(tmp_path / "taken"), "--overwrite"]) == 1
     assert "it is or holds mine.txt, which is no result" in capsys.readouterr().err
     assert main(["explain", "scenes", "--prompt", "<image> What colour is the square?"]) == 2
-    assert "a place for an image, and none is given" in capsys.readouterr().err
+    assert "a place for an image, '<image>', and none is given" in capsys.readouterr().err
     assert main(["explain", "twon"]) == 2
     assert "did you mean 'town'" in capsys.readouterr().err
 
@@ -236,7 +236,7 @@ def test_a_folder_that_holds_something_else_is_refused_before_the_run(
 @pytest.mark.parametrize("method", ["query_neurons", "logit_flow", "neuron_attribution", "neuron_projection", "ablate"])
 def test_a_place_for_an_image_without_an_image_is_refused(method: str) -> None:
     given = {"sites": "L1.mlp.act[0]"} if method in ("neuron_projection", "ablate") else {}
-    with pytest.raises(ImageError, match="a place for an image, and none is given; give one"):
+    with pytest.raises(ImageError, match="a place for an image, '<image>', and none is given; give one"):
         cutaway.run(method, cutaway.load("scenes"), prompt="<image> What colour is the square?", **given)
 
 

@@ -86,6 +86,13 @@ class Encoder:
         return set()
 
     @cached_property
+    def placeholder(self) -> str:
+        """How the place of an image is written in a prompt; '' where the processor has no word for it."""
+        if getattr(self.processor, "image_processor", None) is None:
+            return ""
+        return getattr(self.processor, "image_token", None) or getattr(self.tokenizer, "image_token", None) or ""
+
+    @cached_property
     def special_ids(self) -> set[int]:
         """Ids that are no text: begin, end, padding and the like."""
         return set(getattr(self.tokenizer, "all_special_ids", ())) - self.image_ids
@@ -111,12 +118,13 @@ class Encoder:
             prompt: str · list of str · ids as [pos] or [batch, pos] tensor or array, list of int, list of lists ·
                 what a processor gives.
             image: an image or one list of images for the one prompt: PIL, or a path. A prompt without the processor's
-                image token gets it through the chat template, or in front.
+                placeholder gets it through the chat template, or in front.
             padding_side: "left" or "right", for rows of unequal length.
             template: wrap a text into the chat template.
 
         Raises:
-            InputError, ImageError: empty, too long, of unknown type, or text without a tokenizer.
+            InputError: empty, too long, of unknown type, or text without a tokenizer.
+            ImageError: an image without a place in the prompt, a place without an image, or one that does not fit.
         """
         if isinstance(prompt, Inputs):
             return prompt
@@ -144,6 +152,9 @@ class Encoder:
 
     def _ids(self, row: Any, template: bool) -> list[int]:
         if isinstance(row, str):
+            self._says_something(row)
+            if self.placeholder and self.placeholder in row:
+                raise self._no_image(f"prompt {row[:40]!r}", repr(self.placeholder))
             if self.tokenizer is None:
                 found = "the model was made without a tokenizer"
                 raise InputError(f"prompt {row[:40]!r}", found, "give token ids, or Model(hf, processor)")
@@ -161,6 +172,18 @@ class Encoder:
         if not ids:
             raise InputError("prompt", "it has no tokens", "give a text or token ids")
         return list(ids)
+
+    def _says_something(self, text: str) -> None:
+        """InputError for the empty text, of which a tokenizer would make its start token alone, or nothing."""
+        if not text:
+            start = getattr(self.tokenizer, "bos_token_id", None)
+            alone = f"; the start token alone is written '#{start}'" if isinstance(start, int) else ""
+            raise InputError("prompt ''", "it is empty", f"give a text or token ids{alone}")
+
+    def _no_image(self, asked: str, place: str) -> ImageError:
+        reads = getattr(self.processor, "image_processor", None) is not None
+        hint = f"give one: image='photo.png'; or leave {place} out" if reads else f"leave {place} out"
+        return ImageError(asked, f"it has a place for an image, {place}, and none is given", hint)
 
     def _from_rows(self, rows: list[list[int]], side: str) -> Inputs:
         length = max(len(row) for row in rows)
@@ -196,8 +219,16 @@ class Encoder:
         tokens = tuple(tuple(self.decode(i) for i, _ in row) for row in listed)
         roles = tuple(tuple(role(i, m) for i, m in row) for row in listed)
         inputs = Inputs(ids, mask, tokens, roles, dict(extra), images=tuple(images))
+        pairs = (pair for text, role in zip(tokens, roles, strict=True) for pair in zip(text, role, strict=True))
+        place = next((token for token, what in pairs if what == "image"), None)
+        if place is not None and not inputs.has_images:
+            raise self._no_image("a prompt of token ids", repr(place))
         if not images:
             return inputs
+        if place is None and self.image_ids:
+            written = repr(self.placeholder) if self.placeholder else "its token"
+            hint = f"write {written} where it belongs"
+            raise ImageError("an image", "the prompt has no place for it", hint)
         from dataclasses import replace
 
         from cutaway.models.patches import patch_grids
@@ -216,6 +247,7 @@ class Encoder:
             several = isinstance(prompt, (list, tuple)) and all(isinstance(each, str) for each in prompt)
             found = f"got {len(prompt)} texts" if several else f"got {type(prompt).__name__}"
             raise InputError("a prompt with an image", found, "give one text per call")
+        self._says_something(prompt)
         opened = [open_image(image) for image in images]
         text = self._place_images(prompt, len(opened))
         try:
@@ -225,14 +257,13 @@ class Encoder:
         except (ValueError, IndexError, RuntimeError, TypeError) as error:
             sizes = ", ".join(f"{im.width}x{im.height}" for im in opened)
             found = f"the processor refused them: {reason(error)}"
-            raise ImageError(
-                f"{len(opened)} image(s) of {sizes} pixels", found, "try another size or one image"
-            ) from error
+            places = text.count(self.placeholder) if self.placeholder else len(opened)
+            hint = "try another size or one image" if places == len(opened) else "write one placeholder for each image"
+            raise ImageError(f"{len(opened)} image(s) of {sizes} pixels", found, hint) from error
         return self._from_features(dict(features), opened)
 
     def _place_images(self, prompt: str, n: int) -> str:
-        token = getattr(self.processor, "image_token", None) or getattr(self.tokenizer, "image_token", None)
-        if token and token in prompt:
+        if self.placeholder and self.placeholder in prompt:
             return prompt
         if getattr(self.processor, "chat_template", None):
             content = [*({"type": "image"} for _ in range(n)), {"type": "text", "text": prompt}]
@@ -240,7 +271,7 @@ class Encoder:
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
             return str(wrapped)
-        return f"{token * n}{prompt}" if token else prompt
+        return f"{self.placeholder * n}{prompt}"
 
     def _from_features(self, features: dict[str, Any], images: Sequence[Any]) -> Inputs:
         if "input_ids" not in features:

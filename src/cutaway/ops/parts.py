@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cutaway.core.errors import ImageError, UnsupportedError
+from cutaway.core.errors import UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.site import Items
 from cutaway.core.trace import Trace
@@ -160,13 +160,7 @@ class Parts:
 
 
 def unpadded(inputs: Inputs) -> Inputs:
-    """One prompt without its padding, so that positions count its tokens.
-
-    Raises:
-        ImageError: it has a place for an image, and no image.
-    """
-    if "image" in inputs.roles[0] and not inputs.has_images:
-        raise ImageError("the prompt", "it has a place for an image, and none is given", "give one: image='photo.png'")
+    """One prompt without its padding, so that positions count its tokens."""
     return inputs.row(0) if inputs.padded else inputs
 
 

@@ -145,7 +145,7 @@ def test_what_is_no_token_is_named(model: Model, bare: Model) -> None:
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ("", "it has no tokens"),
+        ("", "it is empty"),
         ([], "got nothing"),
         (None, "got nothing"),
         ([[]], "it has no tokens"),
@@ -242,5 +242,39 @@ def test_an_image_that_cannot_be_used_is_named(seeing: Model, model: Model, tmp_
         seeing.inputs(["what", "is"], image=Image.new("RGB", (8, 8)))
     with pytest.raises(InputError, match="got Tensor; give one text per call"):
         seeing.inputs(torch.tensor([5, 6]), image=Image.new("RGB", (8, 8)))
-    with pytest.raises(ImageError, match=r"2 image\(s\) of 8x8, 9x9 pixels: the processor refused them"):
+    with pytest.raises(
+        ImageError, match=r"2 image\(s\) of 8x8, 9x9 pixels: the processor refused them.*one placeholder for each image"
+    ):
         seeing.inputs("what <image>", image=[Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))])
+
+
+def test_a_place_for_an_image_needs_one(seeing: Model) -> None:
+    token = next(iter(seeing.encoder.image_ids))
+    said = "it has a place for an image, '<image>', and none is given; give one"
+    forms: list[Any] = ["what <image>", ["what", "<image> is"], [5, token, 6], {"input_ids": [[5, token]]}]
+    for form in forms:
+        with pytest.raises(ImageError, match=said):
+            seeing.inputs(form)
+    features = seeing.inputs("what <image>", image=Image.new("RGB", (8, 8))).kwargs("cpu")
+    assert seeing.inputs(features).has_images
+
+
+def test_an_image_needs_a_place_in_the_prompt(seeing: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.new("RGB", (8, 8))
+    assert seeing.inputs("what", image=picture).digest == seeing.inputs("<image>what", image=picture).digest
+    words = Model(seeing.hf, seeing.processor)
+    monkeypatch.setattr(words.encoder, "_place_images", lambda prompt, n: prompt)  # a template that puts none there
+    monkeypatch.setattr(type(words.processor), "__call__", lambda self, text, **_: self.tokenizer(text))
+    with pytest.raises(ImageError, match="the prompt has no place for it; write '<image>' where it belongs"):
+        words.inputs("what", image=picture)
+
+
+def test_an_empty_text_is_no_prompt(model: Model, bare: Model, seeing: Model) -> None:
+    for form in ("", ["on", ""]):
+        with pytest.raises(InputError, match=r"prompt '': it is empty; give .*; the start token alone is written '#1'"):
+            model.inputs(form)
+    with pytest.raises(InputError, match=r"it is empty; give a text or token ids\.$"):
+        bare.inputs("")
+    with pytest.raises(InputError, match="it is empty"):
+        seeing.inputs("", image=Image.new("RGB", (8, 8)))
+    assert model.inputs([1]).tokens == (("<bos>",),)
