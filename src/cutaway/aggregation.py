@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,18 +83,19 @@ def aggregate(
 
     Raises:
         InputError: no file or suite, or no prompt that the method could be run on.
-        ParameterError: the method takes no prompt, or a setting is wrong. UnknownMethodError: no such method.
+        ParameterError: the method takes no prompt or its results have no parts to match between prompts (known before
+            anything is run), or a setting is wrong. UnknownMethodError: no such method.
     """
     record, given = catalog.get(method), dict(settings or {})
-    if "prompt" not in record.parameters:
-        takes = ", ".join(record.parameters) or "none"
-        found = f"it takes {takes} and no prompt"
-        raise ParameterError(f"method {method!r} over many prompts", found, "choose another")
+    _check_fit(record)
     if "prompt" in given:
         raise ParameterError("a setting 'prompt'", "the prompts are given beside the settings", "leave it out")
     record.bind((), {**given, "prompt": "x"})
     every = suite(prompts) if isinstance(prompts, str) else prompts
     chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, min(limit, len(every))).round().astype(int))]
+    if issubclass(record.kind, Readout) and "target" not in given and not any(c.target or c.answer for c in chosen):
+        hint = "write --settings target=TOKEN, or give cases with targets"
+        raise ParameterError(f"method {method!r} over many prompts", "no target is named to be averaged", hint)
     seen = _run(model, record, chosen, given, k, sources)
     if not seen.values:
         found = f"all failed, the first with: {seen.failed[0][1]}"
@@ -114,6 +115,26 @@ def aggregate(
         proof=_proof(seen.proofs),
         notes=_notes(seen, len(every), len(chosen), len(listed)),
     )
+
+
+def _check_fit(record: Method) -> None:
+    """ParameterError when a method cannot be run prompt by prompt, or gives what no mean can be taken of."""
+    asked = f"method {record.name!r} over many prompts"
+    if "prompt" not in record.parameters:
+        own = [n for n in ("prompts", "clean", "corrupt") if n in record.parameters and record.parameters[n].form.many]
+        hint = (
+            f"it takes many at once: give them to its own {' and '.join(map(repr, own))}" if own else "choose another"
+        )
+        raise ParameterError(asked, f"it takes {', '.join(record.parameters) or 'nothing'} and no single prompt", hint)
+    if not issubclass(record.kind, tuple(PARTS)):
+        kinds = ", ".join(kind.__name__ for kind in PARTS)
+        fit = [name for name, other in catalog.methods().items() if _fits(other)]
+        found = f"it gives a {record.kind.__name__}, whose parts cannot be matched between prompts; a {kinds} can"
+        raise ParameterError(asked, found, f"choose one of {', '.join(fit)}")
+
+
+def _fits(record: Method) -> bool:
+    return "prompt" in record.parameters and issubclass(record.kind, tuple(PARTS))
 
 
 def _run(model: Model, record: Method, cases: Sequence[Case], settings: dict[str, str], k: int, sources: bool) -> Seen:
@@ -158,25 +179,46 @@ def values_of(result: Result, sources: bool = False) -> dict[str, float]:
     Raises:
         ParameterError: a kind of result whose parts cannot be matched between prompts.
     """
-    if isinstance(result, Ranking):
-        found: dict[str, float] = defaultdict(float)
-        for item, score in zip(result.items.tolist(), result.scores.tolist(), strict=True):
-            found[item if sources else item.partition(" from ")[0]] += score
-        return dict(found)
-    if isinstance(result, ImageMap) and result.figures:
-        return dict(result.figures)
-    if isinstance(result, Grid):
-        names = [[f"{axis} {label}" for label in _places(result, axis)] for axis in result.axes]
-        cells = np.ndindex(result.values.shape)
-        good = [cell for cell in cells if np.isfinite(result.values[cell])]
-        return {", ".join(n[i] for n, i in zip(names, cell, strict=True)): float(result.values[cell]) for cell in good}
-    if isinstance(result, Readout) and result.target_log_prob is not None:
-        last = result.target_log_prob[:, -1].tolist()
-        return {f"layer {layer}": value for layer, value in zip(result.along("layer"), last, strict=True)}
-    found_kind = f"its result is of the kind {result.kind!r}" + (
-        " without a target" if isinstance(result, Readout) else ""
-    )
-    raise ParameterError("aggregate", found_kind, "choose a method that ranks components, or name a target")
+    of = next((of for kind, of in PARTS.items() if isinstance(result, kind)), None)
+    if of is None:
+        found = f"its result is of the kind {result.kind!r}"
+        raise ParameterError("aggregate", found, f"give a {', '.join(kind.__name__ for kind in PARTS)}")
+    return of(result, sources)
+
+
+def _of_ranking(ranking: Ranking, sources: bool) -> dict[str, float]:
+    found: dict[str, float] = defaultdict(float)
+    for item, score in zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True):
+        found[item if sources else item.partition(" from ")[0]] += score
+    return dict(found)
+
+
+def _of_image(image: ImageMap, _: bool) -> dict[str, float]:
+    if not image.figures:
+        raise ParameterError("aggregate", "its image map has no figures, and places differ between images", "")
+    return dict(image.figures)
+
+
+def _of_grid(grid: Grid, _: bool) -> dict[str, float]:
+    names = [[f"{axis} {label}" for label in _places(grid, axis)] for axis in grid.axes]
+    good = [cell for cell in np.ndindex(grid.values.shape) if np.isfinite(grid.values[cell])]
+    return {", ".join(n[i] for n, i in zip(names, cell, strict=True)): float(grid.values[cell]) for cell in good}
+
+
+def _of_readout(readout: Readout, _: bool) -> dict[str, float]:
+    if readout.target_log_prob is None:
+        raise ParameterError("aggregate", "its readout has no target", "name one: --settings target=TOKEN")
+    last = readout.target_log_prob[:, -1].tolist()
+    return {f"layer {layer}": value for layer, value in zip(readout.along("layer"), last, strict=True)}
+
+
+PARTS: dict[type[Result], Callable[[Any, bool], dict[str, float]]] = {
+    Ranking: _of_ranking,
+    ImageMap: _of_image,
+    Grid: _of_grid,
+    Readout: _of_readout,
+}
+"""The kinds of results whose parts other prompts have too, and what each says of them."""
 
 
 def _places(grid: Grid, axis: str) -> Sequence[object]:

@@ -78,7 +78,7 @@ class Rerun:
     """A result made again.
 
     Attributes:
-        saved: what was in the folder.
+        saved: what was there before.
         result: what came out now.
         difference: where they differ; falsy when equal within the tolerances.
         notes: what else changed between the two runs (versions, device, files that were read).
@@ -99,11 +99,11 @@ class Rerun:
         return verdict + "".join(f" (note: {note})" for note in self.notes)
 
 
-def rerun(folder: str | Path, model: Model | None = None, rtol: float = 1e-5, atol: float = 1e-6) -> Rerun:
-    """Runs again what a saved result says it came from, and compares.
+def rerun(saved: str | Path | Result, model: Model | None = None, rtol: float = 1e-5, atol: float = 1e-6) -> Rerun:
+    """Runs again what a result says it came from, and compares.
 
     Args:
-        folder: where the result was saved.
+        saved: the folder where the result was saved, or the result itself.
         model: the model, when it was made in memory; else the one that the result names is loaded.
         rtol: largest relative difference that counts as equal.
         atol: largest absolute difference that counts as equal.
@@ -111,16 +111,19 @@ def rerun(folder: str | Path, model: Model | None = None, rtol: float = 1e-5, at
     Raises:
         ResultError: the folder holds no result, or the result does not say how it was made, or the model is another.
         LoadError: the model that it names cannot be loaded.
-        ParameterError: a parameter was made in memory and never saved.
+        ParameterError: a parameter was made in memory and never saved, or ``model`` is none.
     """
+    from cutaway.core.result import Result
     from cutaway.results import open_result
 
-    saved = open_result(folder)
-    made, asked = saved.made_by, f"rerunning {str(folder)!r}"
+    asked = f"rerunning {saved.title if isinstance(saved, Result) else str(saved)!r}"
+    saved = saved if isinstance(saved, Result) else open_result(saved)
+    made = saved.made_by
     if made is None:
         raise ResultError(asked, "the result does not say how it was made", "only results of methods can be rerun")
     record = get(made.method)
     model = _loaded(made.model, made.dtype, asked) if model is None else model
+    record.check_model(model)
     if model.digest != made.model_digest:
         found = f"model {model.name!r} has weights {model.digest}, the result came from {made.model_digest}"
         raise ResultError(asked, found, "give the model it was made with")

@@ -17,6 +17,7 @@ from cutaway.aggregation import aggregate, values_of
 from cutaway.cli import main
 from cutaway.core.cases import Case, cases_of, read_cases
 from cutaway.core.errors import InputError, ParameterError, UnknownMethodError
+from cutaway.core.method import Method
 from cutaway.data import suite, suites
 from cutaway.methods.locate.neuron_attribution import neuron_attribution
 from cutaway.ops.stats import bootstrap_means
@@ -116,6 +117,23 @@ def test_what_cannot_be_run_over_prompts_is_refused() -> None:
         aggregate(model, "neuron_attribution", PROMPTS, settings={"levl": "head"})
     with pytest.raises(InputError, match="no suite of that name; did you mean 'town:city'"):
         aggregate(model, "neuron_attribution", "town:cty")
+
+
+def test_a_method_that_cannot_be_aggregated_is_refused_before_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cutaway.load("planted-llama")
+    running: Any = aggregate.method.function  # type: ignore[attr-defined]
+    monkeypatch.setattr(Method, "run", lambda *_, **__: pytest.fail("it was run"))
+    fit = "choose one of .*logit_lens.*neuron_attribution"
+    refused = {
+        "attention_pattern": f"it gives a Pattern, whose parts cannot be matched between prompts; .*{fit}",
+        "neuron_chain": f"it gives a Graph, .*{fit}",
+        "edges": "no single prompt; it takes many at once: give them to its own 'clean' and 'corrupt'",
+        "head_kinds": "no single prompt; it takes many at once: give them to its own 'prompts'",
+        "logit_lens": "no target is named to be averaged; write --settings target=TOKEN",
+    }
+    for name, said in refused.items():
+        with pytest.raises(ParameterError, match=said):
+            running(model, name, cases_of(PROMPTS, "prompts"))
 
 
 def test_a_file_is_lines_json_lines_or_a_table(tmp_path: Path) -> None:

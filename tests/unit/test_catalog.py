@@ -119,6 +119,21 @@ def test_rerun_refuses_what_it_cannot_repeat(saved: Path) -> None:
         catalog.rerun(doctored(saved, made_by=None))
 
 
+def test_a_result_in_hand_is_made_again_too(saved: Path) -> None:
+    result = cutaway.open(saved)
+    again = catalog.rerun(result)
+    assert again.equal
+    assert again.saved is result
+    with pytest.raises(ResultError, match="opening a Grid: it is a result already; give the folder"):
+        cutaway.open(result)  # type: ignore[arg-type]
+    with pytest.raises(ResultError, match="opening a int: it names no folder"):
+        catalog.rerun(3)  # type: ignore[arg-type]
+    with pytest.raises(ResultError, match=r"opening 'nothere': there is no such folder or file; give a folder that"):
+        catalog.rerun("nothere")
+    with pytest.raises(ResultError, match="rerunning 'by hand': the result does not say how it was made"):
+        catalog.rerun(Grid(values=[[1.0]], axes=("layer", "head"), title="by hand"))
+
+
 def test_a_model_made_in_memory_is_given_again(saved: Path) -> None:
     again = catalog.rerun(doctored(saved, model="nowhere"), StubModel())  # type: ignore[arg-type]
     assert again.equal

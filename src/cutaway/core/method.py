@@ -183,11 +183,15 @@ class Method:
                 found[name] = parameter.default
         return found
 
+    def check_model(self, model: object) -> None:
+        """ParameterError when ``model`` is nothing that the method can be run on."""
+        if isinstance(self.model_type, type) and not isinstance(model, self.model_type):
+            found = f"a {type(model).__name__} was given as the model"
+            raise ParameterError(f"method {self.name!r}", found, "give a model: cutaway.load(...) or Model(module)")
+
     def run(self, model: ModelLike, *args: Any, **given: Any) -> Result:
         """The method's result with its provenance."""
-        if isinstance(self.model_type, type) and not isinstance(model, self.model_type):
-            found = f"the first argument is a {type(model).__name__}"
-            raise ParameterError(f"method {self.name!r}", found, "give a model: cutaway.load(...) or Model(module)")
+        self.check_model(model)
         bound = self.bind(args, given)
         values = {name: self.parameters[name].value(value, model, self.name) for name, value in bound.items()}
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -139,11 +139,15 @@ def open_result(path: str | Path) -> Result:
     Raises:
         ResultError: nothing there, not a result, damaged, written by a newer Cutaway, or of an unknown kind.
     """
+    if not isinstance(path, str | os.PathLike):
+        found = "it is a result already" if isinstance(path, Result) else "it names no folder"
+        raise ResultError(f"opening a {type(path).__name__}", found, "give the folder that Result.save wrote")
     path = Path(path)
     asked = f"opening {str(path)!r}"
     if not path.exists():
         previous = path.parent / PREVIOUS.format(path.name)
-        hint = f"an interrupted save left the result in {str(previous)!r}; rename it" if previous.exists() else ""
+        left = f"an interrupted save left the result in {str(previous)!r}; rename it"
+        hint = left if previous.exists() else "give a folder that Result.save, or --out FOLDER, wrote"
         raise ResultError(asked, "there is no such folder or file", hint)
     source = next((path / name for name in (JSON, WHOLE) if (path / name).is_file()), path / JSON)
     source = source if path.is_dir() else path
@@ -152,6 +156,8 @@ def open_result(path: str | Path) -> Result:
         raise ResultError(asked, f"the folder holds {held} and no {JSON}", "give a folder that Result.save wrote")
     try:
         head = json.loads(source.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ResultError(asked, f"{source.name} is damaged or not JSON (it is no text)", "give a folder that Result.save wrote") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ResultError(asked, f"{source.name} is damaged or not JSON ({error})") from None
     if not isinstance(head, dict) or not isinstance(head.get("cutaway_result"), int):

@@ -166,7 +166,7 @@ def test_wrong_parameters_are_one_sentence(args: Any, given: Any, error: type[Ex
 
 
 def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(ParameterError, match="the first argument is a str; give a model"):
+    with pytest.raises(ParameterError, match="a str was given as the model; give a model"):
         look("gpt2", "cat")  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match="no model was given"):
         look(prompt="cat")  # type: ignore[call-arg]
