@@ -11,18 +11,7 @@ from cutaway import catalog
 from cutaway.cli import explain_command
 from cutaway.cli.graphs import choose_circuit, convert
 from cutaway.cli.method_command import function_of, help_of, safe
-from cutaway.cli.options import (
-    Device,
-    Dtype,
-    Folder,
-    Json,
-    ModelRef,
-    Out,
-    Overwrite,
-    Revision,
-    TrustPickle,
-    load_model,
-)
+from cutaway.cli.options import Delivery, Folder, Json, Loading, ModelRef, spelled_out
 from cutaway.cli.output import check_targets, deliver, deliver_records, deliver_rows, show_json, show_lines, show_rows
 
 DESCRIPTION = """Look inside language and vision-language models: see, locate, prove, change, verify, follow.
@@ -56,7 +45,7 @@ def app(words: Sequence[str] = ()) -> typer.Typer:
             made.command(name, help=safe(head.summary), rich_help_panel=panel)(_listed)
     for panel, commands in FIXED.items():
         for name, function in commands.items():
-            made.command(name, rich_help_panel=panel)(function)
+            made.command(name, rich_help_panel=panel)(spelled_out(function))
     specimen = typer.Typer(name="specimen", help="One of the models that come with Cutaway.", rich_markup_mode="rich")
     specimen.callback()(_listed)
     specimen.command("show")(specimen_show)
@@ -77,45 +66,35 @@ def _listed() -> None:
 
 def sites(
     model: ModelRef,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
-    trust_pickle: TrustPickle = False,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    loading: Loading = Loading(),
+    delivery: Delivery = Delivery(),
 ) -> None:
     """Every site of a model: shape with named axes, equation, foreign names."""
-    check_targets(out or [], overwrite)
+    check_targets(delivery)
     from cutaway.models.sites import site_table
 
-    deliver_rows(site_table(load_model(model, dtype, device, revision, trust_pickle)), out or [], json, overwrite)
+    deliver_rows(site_table(loading.model(model)), delivery)
 
 
 def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="What to verify.")] = None,
     architectures: Annotated[bool, typer.Option("--architectures", help="Verify every class of transformers.")] = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
-    trust_pickle: TrustPickle = False,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    loading: Loading = Loading(),
+    delivery: Delivery = Delivery(),
 ) -> None:
     """Verify that what is read from a model is what it computes (exit code 1 when not)."""
     if architectures == (model is not None):
         raise typer.BadParameter("give a MODEL, or --architectures for all classes")
-    check_targets(out or [], overwrite)
+    check_targets(delivery)
     if model is None:
         from cutaway.models.support import survey
 
-        deliver_records([support.as_json() for support in survey()], "architectures", out or [], json, overwrite)
+        deliver_records([support.as_json() for support in survey()], "architectures", delivery)
         return
     from cutaway.models.doctor import doctor as examined
 
-    report = examined(load_model(model, dtype, device, revision, trust_pickle))
-    deliver_rows(report, out or [], json, overwrite)
+    report = examined(loading.model(model))
+    deliver_rows(report, delivery)
     if "NO" in report.columns["holds"]:
         raise typer.Exit(DIFFERENT)
 
@@ -125,14 +104,11 @@ def rerun(
     model: Annotated[str | None, typer.Option("--model", help="The model, where the result cannot name it.")] = None,
     rtol: Annotated[float, typer.Option(help="Largest relative difference that counts as equal.")] = 1e-5,
     atol: Annotated[float, typer.Option(help="Largest absolute difference that counts as equal.")] = 1e-6,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
-    trust_pickle: TrustPickle = False,
+    loading: Loading = Loading(),
     json: Json = False,
 ) -> None:
     """Make a saved result again and say whether it is equal (exit code 1 when not)."""
-    given = load_model(model, dtype, device, revision, trust_pickle) if model else None
+    given = loading.model(model) if model else None
     again = catalog.rerun(folder, given, rtol, atol)
     if json:
         show_json({"equal": again.equal, "differences": again.difference.lines, "notes": again.notes})
@@ -143,12 +119,12 @@ def rerun(
         raise typer.Exit(DIFFERENT)
 
 
-def open_saved(folder: Folder, out: Out = None, overwrite: Overwrite = False, json: Json = False) -> None:
+def open_saved(folder: Folder, delivery: Delivery = Delivery()) -> None:
     """Print a saved result, or write it in another form."""
     from cutaway.results import open_result
 
-    check_targets(out or [], overwrite)
-    deliver(open_result(folder), out or [], json, overwrite)
+    check_targets(delivery)
+    deliver(open_result(folder), delivery)
 
 
 def list_methods(json: Json = False) -> None:

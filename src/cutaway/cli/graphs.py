@@ -8,17 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cutaway.cli.options import (
-    Device,
-    Dtype,
-    Folder,
-    Json,
-    Out,
-    Overwrite,
-    Revision,
-    TrustPickle,
-    load_model,
-)
+from cutaway.cli.options import Delivery, Folder, Loading
 from cutaway.cli.output import check_targets, deliver
 from cutaway.core.errors import ResultError
 
@@ -45,32 +35,25 @@ def choose_circuit(
     threshold: Annotated[float | None, typer.Option(help="Least strength, for threshold.")] = None,
     by: Annotated[By, typer.Option(help="Size of the score, or how much an edge supports the answer.")] = By.size,
     prune: Annotated[bool, typer.Option(help="Drop edges on no path from embedding to logits.")] = True,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    delivery: Delivery = Delivery(),
 ) -> None:
     """Choose a circuit among the edges of a saved graph."""
     from cutaway.results import open_result
     from cutaway.results.circuit import circuit
     from cutaway.results.graph import Graph
 
-    check_targets(out or [], overwrite)
+    check_targets(delivery)
     found = open_result(folder)
     if not isinstance(found, Graph):
         raise ResultError(f"a circuit in {str(folder)!r}", f"it holds a {found.kind}", "give a graph that 'edges' made")
-    deliver(circuit(found, how.value, n, threshold, by.value, prune), out or [], json, overwrite)
+    deliver(circuit(found, how.value, n, threshold, by.value, prune), delivery)
 
 
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A circuit or attribution graph, or a saved result.")],
     model: Annotated[str | None, typer.Option("--model", help="The model that a circuit file has to fit.")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    revision: Revision = None,
-    trust_pickle: TrustPickle = False,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
+    loading: Loading = Loading(),
+    delivery: Delivery = Delivery(),
 ) -> None:
     """Read and write graphs in the formats of EAP-IG, MIB, circuit-tracer and Neuronpedia.
 
@@ -80,9 +63,9 @@ def convert(
     from cutaway.results import open_result
     from cutaway.results.graph_formats import is_foreign, read_graph
 
-    check_targets(out or [], overwrite)
+    check_targets(delivery)
     if not is_foreign(file):
-        deliver(open_result(file), out or [], json, overwrite)
+        deliver(open_result(file), delivery)
         return
-    wiring = Wiring.of_model(load_model(model, dtype, device, revision, trust_pickle)) if model else None
-    deliver(read_graph(file, wiring), out or [], json, overwrite)
+    wiring = Wiring.of_model(loading.model(model)) if model else None
+    deliver(read_graph(file, wiring), delivery)

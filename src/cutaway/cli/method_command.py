@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from cutaway.cli.options import SHARED, ModelRef, load_model
+from cutaway.cli.options import SHARED, Delivery, Loading, ModelRef, picked, signed
 from cutaway.cli.output import check_targets, deliver
 from cutaway.core.errors import InputError, MethodError
 from cutaway.core.forms.base import Form
@@ -53,16 +53,11 @@ def with_options(
         first: annotation and default of what comes before the method's parameters, by name.
         optional: parameters of the method that may be left out here. more: options beside those that all have.
     """
-    asked: list[tuple[str, Any, Any]] = [(name, *option) for name, option in first.items()]
+    asked = dict(first)
     for name, parameter in record.parameters.items():
         here = replace(parameter, required=parameter.required and name not in optional)
-        asked.append((name, option_of(here), _default_of(here)))
-    asked += [(name, *option) for name, option in {**SHARED, **(more or {})}.items()]
-    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a) for n, a, d in asked]
-    )
-    call.__annotations__ = {name: annotation for name, annotation, _ in asked}
-    return call
+        asked[name] = option_of(here), _default_of(here)
+    return signed(call, {**asked, **SHARED, **(more or {})})
 
 
 def typed(record: Method, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,12 +71,11 @@ def typed(record: Method, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(record: Method, model: str, params: dict[str, Any], given: Mapping[str, Any]) -> Result:
     """The method's result, delivered; ``given`` holds what every command has."""
-    out, overwrite = given["out"] or [], given["overwrite"]
+    delivery = picked(Delivery, given)
     record.bind((), params)
-    check_targets(out, overwrite)
-    loading = {name: given[name] for name in ("dtype", "device", "revision", "trust_pickle")}
-    result = record.run(load_model(model, **loading), **params)
-    deliver(result, out, given["json"], overwrite)
+    check_targets(delivery)
+    result = record.run(picked(Loading, given).model(model), **params)
+    deliver(result, delivery)
     return result
 
 

@@ -19,6 +19,7 @@ from cutaway.core.errors import ResultError
 from cutaway.core.result import Result
 
 if TYPE_CHECKING:
+    from cutaway.cli.options import Delivery
     from cutaway.results.table import Table
 
 
@@ -78,19 +79,19 @@ def show_rows(rows: Sequence[Any], as_json: bool) -> None:
     console.print(table)
 
 
-def check_targets(out: Sequence[Path], overwrite: bool) -> None:
+def check_targets(delivery: Delivery) -> None:
     """ResultError when one of the places to write to cannot take a result: known before the run, not after it."""
     from cutaway.core.result_file import OURS
     from cutaway.results.graph import FOREIGN
     from cutaway.results.kind import WRITERS
 
-    for path in out:
+    for path in delivery.places:
         if path.suffix and path.suffix not in WRITERS and not path.name.endswith(FOREIGN):
             hint = f"use one of {', '.join(WRITERS)}, or a name without a dot for a folder"
             raise ResultError(f"writing {str(path)!r}", f"there is no writer for {path.suffix!r}", hint)
         if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
             asked = f"saving to {str(path)!r}"
-            if not overwrite:
+            if not delivery.overwrite:
                 raise ResultError(asked, "it exists", "add --overwrite, or choose another folder")
             other = "a file" if not path.is_dir() else next((e.name for e in path.iterdir() if e.name not in OURS), "")
             if other:
@@ -109,10 +110,10 @@ def _check_room(path: Path) -> None:
         raise ResultError(f"writing {str(path)!r}", found, "choose another place") from None
 
 
-def deliver(result: Result, out: Sequence[Path], as_json: bool, overwrite: bool = False) -> None:
+def deliver(result: Result, delivery: Delivery) -> None:
     """A result in every place asked for: a file by its suffix, a folder without one, and standard output."""
-    _write(result, out, overwrite)
-    if as_json:
+    _write(result, delivery.places, delivery.overwrite)
+    if delivery.json:
         from cutaway.core.result_file import to_json
 
         sys.stdout.write(to_json(result) + "\n")
@@ -120,30 +121,28 @@ def deliver(result: Result, out: Sequence[Path], as_json: bool, overwrite: bool 
         show(result.summary())
 
 
-def deliver_rows(table: Table, out: Sequence[Path], as_json: bool, overwrite: bool = False) -> None:
+def deliver_rows(table: Table, delivery: Delivery) -> None:
     """As ``deliver``, for a table that is read row by row: standard output shows every row, JSON is a list of them."""
-    _write(table, out, overwrite)
-    if not as_json:
+    _write(table, delivery.places, delivery.overwrite)
+    if not delivery.json:
         show_lines(table.title)
-    show_rows(table.table().to_dict("records"), as_json)
-    if not as_json and table.notes:
+    show_rows(table.table().to_dict("records"), delivery.json)
+    if not delivery.json and table.notes:
         show_lines(*table.notes)
 
 
-def deliver_records(
-    records: Sequence[Mapping[str, Any]], title: str, out: Sequence[Path], as_json: bool, overwrite: bool
-) -> None:
+def deliver_records(records: Sequence[Mapping[str, Any]], title: str, delivery: Delivery) -> None:
     """As ``deliver_rows``, for records with parts in them: whole in JSON, each part as text elsewhere."""
     from cutaway.results.table import Table
 
     columns = {name: [_words(record[name]) for record in records] for name in (records[0] if records else ())}
-    for path in (each for each in out if each.suffix == ".json"):
+    for path in (each for each in delivery.places if each.suffix == ".json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json_text(records) + "\n", encoding="utf-8")
         remark(f"wrote {path}")
     table = Table(title=title, columns=columns)
-    _write(table, [path for path in out if path.suffix != ".json"], overwrite)
-    show_rows(records, as_json)
+    _write(table, [path for path in delivery.places if path.suffix != ".json"], delivery.overwrite)
+    show_rows(records, delivery.json)
 
 
 def _write(result: Result, out: Sequence[Path], overwrite: bool) -> None:

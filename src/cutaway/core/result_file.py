@@ -157,7 +157,9 @@ def open_result(path: str | Path) -> Result:
     try:
         head = json.loads(source.read_bytes().decode("utf-8"))
     except UnicodeDecodeError:
-        raise ResultError(asked, f"{source.name} is damaged or not JSON (it is no text)", "give a folder that Result.save wrote") from None
+        raise ResultError(
+            asked, f"{source.name} is damaged or not JSON (it is no text)", "give a folder that Result.save wrote"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ResultError(asked, f"{source.name} is damaged or not JSON ({error})") from None
     if not isinstance(head, dict) or not isinstance(head.get("cutaway_result"), int):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 
 from cutaway import catalog
 from cutaway.cli import main
+from cutaway.cli.app import FIXED
+from cutaway.cli.options import SHARED, spelled_out
 from cutaway.cli.output import show_json
 from cutaway.core.errors import InputError, MethodError
 from cutaway.core.result_file import open_result
@@ -166,7 +169,7 @@ def test_a_place_that_cannot_be_written_is_known_before_the_run(asked: Ask, caps
         (["glance", "here", "--prompt", "a", "--sites", "L3.foo"], 2, "error: site 'L3.foo': there is no kind 'foo'"),
         (["glance", "here", "--prompt", "@none.txt"], 2, "error: the file of '@none.txt': it cannot be read"),
         (["glance", "nowhere", "--prompt", "a"], 2, "error: model 'nowhere': there is none of that name."),
-        (["open", "none"], 1, "error: opening 'none': there is no such folder or file."),
+        (["open", "none"], 1, "error: opening 'none': there is no such folder or file; give a folder"),
         (["rerun", "none"], 1, "error: opening 'none'"),
         (["specimen", "show", "none"], 2, "error: "),
         (["doctor"], 2, "error: Invalid value: give a MODEL, or --architectures"),
@@ -216,6 +219,19 @@ def test_a_parameter_named_like_a_common_option_is_refused(tmp_path: Path, monke
     install(tmp_path, monkeypatch, "clashing", {"see/clash.py": source})
     with pytest.raises(MethodError, match="every command has an option 'device'"):
         function_of(catalog.get("clash"))
+
+
+@pytest.mark.parametrize("name", [name for commands in FIXED.values() for name in commands])
+def test_an_option_that_several_commands_have_is_the_same_in_each(name: str) -> None:
+    command = next(commands[name] for commands in FIXED.values() if name in commands)
+    spelled = inspect.signature(spelled_out(command)).parameters
+    assert {"loading", "delivery"}.isdisjoint(spelled)
+    for option in spelled.keys() & SHARED.keys():
+        assert (spelled[option].annotation, spelled[option].default) == SHARED[option]
+    own = inspect.signature(command).parameters
+    assert own.keys() & SHARED.keys() <= {"json"}
+    assert ("dtype" in spelled) == ("loading" in own)
+    assert ("out" in spelled) == ("delivery" in own)
 
 
 @pytest.mark.usefixtures("asked")

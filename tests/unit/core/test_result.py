@@ -263,7 +263,7 @@ def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (lambda f: (f / ARRAYS).unlink(), r"arrays\.safetensors is missing"),
         (lambda f: (f / ARRAYS).write_bytes((f / ARRAYS).read_bytes()[:-1]), "checksum differs"),
         (lambda f: (f / ARRAYS).write_bytes(b""), "checksum differs"),
-        (lambda f: (f / JSON).write_bytes(b"\x89PNG"), r"result\.json is damaged or not JSON \(it is no text\); give a folder"),
+        (lambda f: (f / JSON).write_bytes(b"\x89PNG"), r"result\.json is damaged or not JSON \(it is no text\)"),
     ],
 )
 def test_damage_is_one_clear_sentence(tmp_path: Path, harm: Callable[[Path], object], said: str) -> None:
