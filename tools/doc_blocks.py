@@ -104,10 +104,15 @@ def methods() -> str:
 
 
 def commands() -> str:
-    """Every command that is not a method, with the first line of its help."""
+    """Every command that is not a method, with the first line of its help, linked where it has a page."""
+    pages = {page.stem for page in (Path(__file__).resolve().parents[1] / "docs" / "methods").glob("*.md")}
     panels: dict[str, Any] = dict(app.FIXED)
     rows = [
-        [panel, f"`cutaway {name}`", first_line(function)]
+        [
+            panel,
+            f"[`cutaway {name}`](methods/{name}.md)" if name in pages else f"`cutaway {name}`",
+            first_line(function),
+        ]
         for panel, found in panels.items()
         for name, function in found.items()
     ]

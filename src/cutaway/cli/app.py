@@ -12,7 +12,16 @@ from cutaway.cli import explain_command
 from cutaway.cli.graphs import choose_circuit, convert
 from cutaway.cli.method_command import function_of, help_of, safe
 from cutaway.cli.options import Delivery, Folder, Json, Loading, ModelRef, spelled_out
-from cutaway.cli.output import check_targets, deliver, deliver_records, deliver_rows, show_json, show_lines, show_rows
+from cutaway.cli.output import (
+    check_targets,
+    deliver,
+    deliver_records,
+    deliver_rows,
+    remark,
+    show_json,
+    show_lines,
+    show_rows,
+)
 
 DESCRIPTION = """Look inside language and vision-language models: see, locate, prove, change, verify, follow.
 
@@ -131,6 +140,8 @@ def list_methods(json: Json = False) -> None:
     """The methods, by stage."""
     rows = [{"method": h.name, "stage": h.stage, "summary": h.summary} for h in catalog.headlines().values()]
     show_rows(rows, json)
+    if not json:
+        remark(f"made of methods: {', '.join(catalog.composed())}; on saved results: {', '.join(FIXED['Results'])}")
 
 
 def list_specimens(json: Json = False) -> None:

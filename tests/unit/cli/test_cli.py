@@ -240,7 +240,9 @@ def test_lists_of_methods_specimens_and_versions(capsys: pytest.CaptureFixture[s
     methods = json.loads(capsys.readouterr().out)
     assert [(each["method"], each["stage"]) for each in methods] == [("glance", "see"), ("stare", "prove")]
     assert main(["methods"]) == 0
-    assert "Layer numbers, scaled." in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Layer numbers, scaled." in printed.out
+    assert "explain, aggregate; on saved results: open, rerun, circuit, convert" in printed.err
     assert main(["version", "--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == {"python", "cutaway", "torch", "transformers", "numpy"}
     assert main(["specimens", "--json"]) == 0

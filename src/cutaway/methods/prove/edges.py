@@ -25,6 +25,7 @@ from cutaway.results.graph import Graph
 MOST = 100  # edges in the largest set of the proof
 SHARE = 4  # a set of the proof holds at most this part of all edges, so that random ones differ
 TOLERANCE = 1e-3
+POOR = 0.5  # rank correlation of estimates with exact effects below which a reader is warned
 
 
 @method(
@@ -158,7 +159,9 @@ def _agreement(scores: np.ndarray, exact: np.ndarray) -> str:
     said = f"the {len(exact)} strongest edges recomputed exactly: largest difference {np.abs(scores - exact).max():.2g}"
     if len(exact) < 3 or np.ptp(scores) == 0 or np.ptp(exact) == 0:
         return said
-    return f"{said}, rank correlation {spearmanr(scores, exact).statistic:.2f}"
+    agreement = float(spearmanr(scores, exact).statistic)
+    poor = ": poor, so go by their column 'exact'; the page of edges says where estimates fail"
+    return f"{said}, rank correlation {agreement:.2f}{poor if agreement < POOR else ''}"
 
 
 def _proof(runs: CircuitRuns, wiring: Wiring, order: np.ndarray, draws: int, seed: int) -> Proof:

@@ -110,6 +110,23 @@ def test_the_strongest_edges_are_recomputed_by_intervening() -> None:
     assert any("recomputed exactly" in note for note in found.notes)
 
 
+def test_a_poor_estimate_is_told() -> None:
+    town = {
+        "clean": "Lena Sharp lives in", "corrupt": "Cora Finch lives in", "metric": 'logit_diff: " Alder", " Easton"'
+    }  # fmt: skip
+    wired = {
+        "clean": "When Ada and Bea went home , Bea gave a drink to",
+        "corrupt": "When Cal and Dot went home , Dot gave a drink to",  # every match stays a match: no gradient sees it
+        "metric": 'logit_diff: " Ada", " Bea"',
+        "norms": "frozen",
+    }
+    good, bad = edges(cutaway.load("town"), **town), edges(cutaway.load("circuit-ioi"), **wired)
+    assert not any("poor" in note for note in good.notes)
+    assert any("poor, so go by their column 'exact'" in note for note in bad.notes)
+    exact, weight = bad.edge_columns["exact"], bad.weight
+    assert np.nanmax(np.abs(exact)[np.abs(weight) < 1]) > 30
+
+
 def test_frozen_norms_leave_out_how_a_sender_moves_the_scale() -> None:
     of = linear()
     np.testing.assert_allclose(edges(of, norms="frozen").weight, edges(of).weight, rtol=1e-6)  # there is no scale
