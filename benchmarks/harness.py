@@ -60,6 +60,36 @@ def interval(values: Any, samples: int = 2000) -> list[float]:
     return [float(values.mean()), float(low), float(high)]
 
 
+def peak_mib(function: Callable[[], Any]) -> float:
+    """MiB by which the process's memory rose at most while ``function`` ran, in a copy of the process of its own.
+
+    Raises:
+        RuntimeError: the function failed there.
+    """
+    import os
+    import resource
+
+    gc.collect()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            function()
+            rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            os.write(write, str(rise / 1024).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as given:
+        found = given.read()
+    if os.waitpid(child, 0)[1] or not found:
+        raise RuntimeError("what was to be measured failed in its own process")
+    return float(found)
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores and system."""
     cpu = platform.processor()

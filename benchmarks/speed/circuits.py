@@ -1,9 +1,15 @@
-"""Edge attribution against the passes that it makes: GPT-2 small's shape, batch 8, T = 16, one thread."""
+"""Edge attribution against the passes that it makes: GPT-2 small's shape, batch 8, T = 16, one thread.
+
+Memory is measured at a shape where one number per edge, row and position would be half a GiB: as many layers and heads,
+a narrower stream, batch 32, T = 128. Each candidate runs in a process of its own.
+"""
 
 from __future__ import annotations
 
-import resource
+import argparse
+import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +17,35 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleaved, keep, medians, ratio
+from benchmarks.harness import RESULTS, interleaved, keep, medians, peak_mib, ratio
 from cutaway.models.handle import Model
 from cutaway.ops.circuit_runs import CircuitRuns
-from cutaway.ops.edge_scores import edge_scores, path_points
+from cutaway.ops.edge_scores import BUDGET, edge_scores, path_points
 from cutaway.ops.fronts import read_fronts
 from cutaway.ops.pairs import Pairs
 from cutaway.ops.wiring import Wiring
 
 BATCH, LENGTH, STEPS, CIRCUITS = 8, 16, 5, 4
 BAR = 1.6
+WIDE, LONG, NARROW, WORDS = 32, 128, 192, 1000
+"""Rows, positions, width of the stream and vocabulary where memory is measured."""
+TIGHT = 2**26
+"""Bytes: a smaller budget than the default."""
 
 
-def gpt2() -> Model:
-    """GPT-2 small's shape with random weights."""
+def gpt2(**sizes: int) -> Model:
+    """GPT-2 small's shape, or with other sizes, with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return Model(GPT2LMHeadModel(GPT2Config()).eval(), name="gpt2-small")
+    return Model(GPT2LMHeadModel(GPT2Config(**sizes)).eval(), name="gpt2-small")
+
+
+def pairs_of(model: Model, rows: int, length: int, words: range) -> Pairs:
+    """Pairs of random tokens."""
+    draw = torch.Generator().manual_seed(0)
+    clean, corrupt = (torch.randint(words.start, words.stop, (rows, length), generator=draw) for _ in range(2))
+    return Pairs.of(model.inputs(clean), model.inputs(corrupt), model.metric("logit_diff: #11, #22"))
 
 
 def passes(model: Model, clean: torch.Tensor, corrupt: torch.Tensor, unembedded: int) -> None:
@@ -48,21 +65,15 @@ def passes(model: Model, clean: torch.Tensor, corrupt: torch.Tensor, unembedded:
         torch.autograd.grad((logits[:, 11] - logits[:, 22]).sum(), x)
 
 
-def main(runs: int = 5) -> None:
-    """Measure, print, keep."""
-    torch.set_num_threads(1)
+def speed(runs: int) -> dict[str, Any]:
+    """Seconds of edges and circuits, as multiples of bare passes."""
     model = gpt2()
-    draw = torch.Generator().manual_seed(0)
-    clean, corrupt = (torch.randint(1000, 30000, (BATCH, LENGTH), generator=draw) for _ in range(2))
-    pairs = Pairs.of(model.inputs(clean), model.inputs(corrupt), model.metric("logit_diff: #11, #22"))
+    pairs = pairs_of(model, BATCH, LENGTH, range(1000, 30000))
+    clean, corrupt = pairs.clean.ids, pairs.corrupt.ids
     wiring = Wiring.of_model(model, pairs.clean)
     fronts = read_fronts(model, pairs.clean, wiring)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    passes(model, clean, corrupt, 0)
-    plain = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    edge_scores(model, pairs, wiring, fronts, path_points(STEPS))
-    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     circuits = CircuitRuns(model, pairs, wiring, fronts)
+    draw = torch.Generator().manual_seed(0)
     sets = torch.rand(CIRCUITS, *wiring.real.shape, generator=draw) < 0.5
     seconds = interleaved(
         {
@@ -73,23 +84,56 @@ def main(runs: int = 5) -> None:
             "circuits": lambda: circuits(sets),
         },
         runs=runs,
+        clock=time.process_time,
     )
-    figures = {
+    return {
         "edges": len(wiring),
         "EAP-IG over its passes": ratio(seconds, "edges", "passes"),
         "EAP-IG over its passes with all logits": ratio(seconds, "edges", "passes, all logits"),
         "bar": BAR,
         "a circuit over a forward": ratio(seconds, "circuits", "forward") / CIRCUITS,
         "seconds": medians(seconds),
-        "peak_mib_of_the_passes": (plain - before) / 1024,
-        "peak_mib_of_the_scores_over_that": (ours - plain) / 1024,
-        "mib_of_edges_times_batch_times_positions": len(wiring) * BATCH * LENGTH * 4 / 2**20,
     }
-    note = f"GPT-2 small's shape, random weights, batch {BATCH}, T = {LENGTH}, {STEPS} steps; one thread"
-    path = keep("circuits", figures, note)
+
+
+def memory() -> dict[str, Any]:
+    """MiB that edges take, and their passes alone, where one number per edge, row and position would take very much."""
+    model = gpt2(n_embd=NARROW, vocab_size=WORDS, bos_token_id=0, eos_token_id=0)
+    pairs = pairs_of(model, WIDE, LONG, range(WORDS))
+    wiring = Wiring.of_model(model, pairs.clean)
+    fronts = read_fronts(model, pairs.clean, wiring)
+
+    def taken(budget: int) -> float:
+        return peak_mib(lambda: edge_scores(model, pairs, wiring, fronts, path_points(1), budget))
+
+    per_row = 4 * len(wiring.senders) * LONG * NARROW
+    return {
+        "shape": f"{len(wiring)} edges, batch {WIDE}, T = {LONG}, d_model {NARROW}",
+        "edges times batch times positions": len(wiring) * WIDE * LONG * 4 / 2**20,
+        "passes over all rows at once": peak_mib(lambda: passes(model, pairs.clean.ids, pairs.corrupt.ids, 1)),
+        "scores": taken(BUDGET),
+        "scores with all rows at once": taken(per_row * WIDE),
+        f"scores with a budget of {TIGHT >> 20} MiB": taken(TIGHT),
+    }
+
+
+def main() -> None:
+    """Measure what is asked for and keep it, next to what was measured before."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--only", choices=("speed", "memory"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    before = RESULTS / "circuits.json"
+    figures = json.loads(before.read_text())["figures"] if options.only and before.is_file() else {}
+    if options.only != "memory":
+        figures.update(speed(options.runs))
+    if options.only != "speed":
+        figures["peak MiB"] = memory()
     for name, value in figures.items():
         print(name, value)
-    print(path.name)
+    note = f"GPT-2 small's shape, random weights, batch {BATCH}, T = {LENGTH}, {STEPS} steps; one thread"
+    print(keep("circuits", figures, note).name)
 
 
 if __name__ == "__main__":

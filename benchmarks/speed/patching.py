@@ -5,7 +5,9 @@ one backward pass for all of them, "estimates" adds the run that gives, "method"
 (verification of ten cells and the check included). Truth: rank correlation of estimates with exact patching on small
 trained and wired models. Heads: a sweep over all 12 x 12 heads against one bare
 forward pass per head. Paths: all heads to the queries of one head, against the three forward passes per pair that the
-procedure takes when pairs run one by one, and against one.
+procedure takes when pairs run one by one, and against one. Traces: every layer and position restored under five draws
+of noise, against one hooked forward pass per draw, layer and position, and against one per layer and position with the
+draws as its batch.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -217,6 +220,93 @@ def paths(length: int, rounds: int, layer: int = 9, head: int = 6, timed: int = 
     }
 
 
+def state_of(out: Any) -> Tensor:
+    """The state that a layer gives, whether alone or first of several."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def with_state(out: Any, state: Tensor) -> Any:
+    """What a layer gives, with another state."""
+    return (state, *out[1:]) if isinstance(out, tuple) else state
+
+
+def traces(length: int, rounds: int, noises: int = 5, timed: int = 6) -> dict[str, Any]:
+    """States restored one by one under noise on two tokens; some cells of the loops are timed and scaled to all."""
+    model = Model(gpt2())
+    ids, subject = prompts(length)[0], [1, 2]
+    blocks, embed = model.hf.transformer.h, model.hf.get_input_embeddings()
+    found: dict[str, Any] = {}
+
+    def ours() -> None:
+        found["ours"] = catalog.run(
+            "causal_trace",
+            model,
+            prompt=ids,
+            subject=" ".join(f"#{token}" for token in ids[0, subject].tolist()),
+            metric=METRIC,
+            samples=noises,
+            normalise=False,
+            draws=0,
+        )
+
+    clean: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda m, a, o: clean.append(state_of(o))) for block in blocks]
+    with torch.no_grad():
+        model.hf(input_ids=ids, use_cache=False)
+        size = 3.0 * embed(ids[:, subject]).std()
+    for hook in hooks:
+        hook.remove()
+    shape = (noises, len(subject), clean[0].shape[-1])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * size
+    cells = [(i, t) for i in range(len(blocks)) for t in range(length)]
+    sample = cells[:: max(1, len(cells) // timed)]
+
+    def restored(draws: Tensor, cell: tuple[int, int] | None) -> Tensor:
+        """[draw] the metric with noise and one state restored, or none, in one hooked forward pass."""
+
+        def drown(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            return put((slice(None), subject), out[:, subject] + draws)(out)
+
+        hooks = [embed.register_forward_hook(drown)]
+        if cell is not None:
+            back = put((slice(None), cell[1]), clean[cell[0]][:, cell[1]])
+            hooks.append(blocks[cell[0]].register_forward_hook(lambda m, a, o: with_state(o, back(state_of(o)))))
+        try:
+            logits = model.hf(input_ids=ids.expand(len(draws), -1), use_cache=False).logits[:, -1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits[:, METRIC.ids[0]] - logits[:, METRIC.ids[1]]
+
+    def single() -> None:
+        with torch.no_grad():
+            for cell in sample:
+                for one in noise:
+                    restored(one[None], cell)
+
+    def batched() -> None:
+        with torch.no_grad():
+            found["batched"] = torch.stack([restored(noise, cell) for cell in sample])
+
+    names = {"a forward per draw and cell": single, "a forward per cell, draws as its batch": batched}
+    seconds = interleaved({**names, "ours": ours}, rounds, clock=time.process_time)
+    whole = len(blocks) * length
+    for name in names:
+        seconds[name] = [s * whole / len(sample) for s in seconds[name]]
+    with torch.no_grad():
+        back = found["batched"].mean(1) - restored(noise, None).mean()
+    error = max(abs(float(b) - found["ours"].values[0, i, t]) for b, (i, t) in zip(back, sample, strict=True))
+    return {
+        "cells": whole,
+        "draws": noises,
+        "cells_timed": len(sample),
+        "rounds": rounds,
+        "median_process_seconds": medians(seconds),
+        "times_faster": {name: ratio(seconds, name, "ours") for name in names},
+        "largest_difference": float(error),
+    }
+
+
 def main() -> None:
     """Measure what is asked for and keep it, next to what was measured before."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -230,6 +320,7 @@ def main() -> None:
         "truth": truth,
         "heads T=16": lambda: heads(16, options.rounds),
         "paths T=16": lambda: paths(16, options.rounds),
+        "traces T=12": lambda: traces(12, options.rounds),
     }
     before = RESULTS / "patching.json"
     known = options.only is not None and before.is_file()

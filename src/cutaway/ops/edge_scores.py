@@ -5,7 +5,7 @@
 The gradient is that of the one receiver's own reading of the residual stream, through its norm and its matrix. Of each
 step only what is as wide as the matrices' outputs is kept: gradients over the norm's scale add up before they are
 brought to the stream, so the steps cost one forward and one backward pass each and little else. Nothing as large as
-edges times positions is ever made.
+edges times positions is ever made: the largest tensor is [sender, row, pos, d], of as many rows as a budget holds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ from cutaway.ops.senders import Senders, chunks
 from cutaway.ops.watched import WatchedModel
 from cutaway.ops.wiring import SIDES, Wiring
 
-BUDGET = 2**30
-"""Bytes that the senders' changes of one chunk of pairs may take."""
+BUDGET = 2**28
+"""Bytes that the senders' changes of one chunk of pairs may take; while they are made, twice that."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,20 @@ def edge_scores(
     senders = senders or Senders(model, wiring)
     tokens, d = pairs.clean.ids.shape[1], model.layers[0].d_model
     size = 4 * len(wiring.senders) * tokens * d
-    found = [
-        _chunk(model, pairs.take(rows), wiring, fronts, points, senders)
-        for rows in track(chunks(len(pairs), size, budget, at_once=not pairs.has_images), "edges")
-    ]
+    rows = track(chunks(len(pairs), size, budget, at_once=not pairs.has_images), "edges")
+    total = reduce(_together, (_chunk(model, pairs.take(some), wiring, fronts, points, senders) for some in rows))
     n = len(pairs)
+    return EdgeScores(total.scores / n, total.scale / n, total.clean, total.corrupt, total.embedding / n)
+
+
+def _together(total: EdgeScores, more: EdgeScores) -> EdgeScores:
+    """The scores of two chunks, still sums over their pairs."""
     return EdgeScores(
-        torch.stack([each.scores for each in found]).sum(0) / n,
-        torch.stack([each.scale for each in found]).sum(0) / n,
-        torch.cat([each.clean for each in found]),
-        torch.cat([each.corrupt for each in found]),
-        sum(each.embedding for each in found) / n,
+        total.scores.add_(more.scores),
+        total.scale.add_(more.scale),
+        torch.cat([total.clean, more.clean]),
+        torch.cat([total.corrupt, more.corrupt]),
+        total.embedding + more.embedding,
     )
 
 
@@ -101,9 +105,9 @@ def _chunk(
     reads = pairs.measure.reads(pairs.clean)
     replacement = senders.replacement(pairs)
     clean, last = senders.run(pairs.clean)
-    real = pairs.clean.mask.to(clean.device, torch.bool)[None, :, :, None]
-    change = torch.where(real, replacement - clean, 0.0)
     embed = clean[0].clone()
+    padding = ~pairs.clean.mask.to(clean.device, torch.bool)[None, :, :, None]
+    change = clean.neg_().add_(replacement).masked_fill_(padding, 0.0)  # in place: it is the largest tensor there is
     del clean, replacement
     with torch.no_grad():
         clean_logits = read_logits(model, last, reads)

@@ -89,9 +89,9 @@ class Senders:
         """([sender, row, pos, d] float32, [row, pos, d] the last residual stream) of a run; 0 at padding."""
         trace = self.model.trace(inputs, want=wanted(self.model), stop=True)
         found = self.of({str(site): value for site, value in trace.items()})
-        real = inputs.mask.to(found.device, torch.bool)[None, :, :, None]
+        padding = ~inputs.mask.to(found.device, torch.bool)[None, :, :, None]
         n = len(self.model.layers)
-        return torch.where(real, found, 0.0), trace[f"L{n - 1}.resid_post"]
+        return found.masked_fill_(padding, 0.0), trace[f"L{n - 1}.resid_post"]
 
     def replacement(self, pairs: Pairs) -> Tensor:
         """[sender, row, pos, d], or with 1 for row and pos, what senders become when they are taken away."""

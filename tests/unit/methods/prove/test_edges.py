@@ -10,12 +10,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import cutaway
 from cutaway import catalog, specimens
 from cutaway.core.errors import InputError, MismatchError, ParameterError, TokenError, UnsupportedError
 from cutaway.models.handle import Model
 from cutaway.ops.circuit_runs import CircuitRuns
+from cutaway.ops.edge_scores import edge_scores, path_points
 from cutaway.ops.fronts import read_fronts
 from cutaway.ops.pairs import Pairs
 from cutaway.ops.selection import mask
@@ -175,3 +179,39 @@ def test_what_cannot_be_scored_is_refused_in_one_sentence() -> None:
         edges(of, metric=None, answers=["#11", "#22"])
     with pytest.raises(UnsupportedError, match="norms the sum of stream and part"):
         edges(model("post-norm"))
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operation gives, backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for each in tree_leaves(found):
+            if isinstance(each, torch.Tensor):
+                self.numel = max(self.numel, each.numel())
+        return found
+
+
+@pytest.mark.parametrize("corrupt", [True, False])
+def test_no_tensor_is_as_large_as_edges_times_rows_times_positions(corrupt: bool) -> None:
+    rows, length, width = 3, 5, 8
+    config = GPT2Config(n_embd=width, n_head=4, n_layer=4, vocab_size=40, bos_token_id=0, eos_token_id=0)
+    narrow = Model(GPT2LMHeadModel(config).eval(), name="narrow")
+    ids = torch.arange(2 * rows * length).view(2, rows, length) % 40
+    clean, other = (narrow.inputs(each) for each in ids)
+    pairs = Pairs.of(clean, other if corrupt else None, narrow.metric("logit_diff: #11, #22"))
+    wiring = Wiring.of_model(narrow, clean)
+    fronts = read_fronts(narrow, clean, wiring)
+    with _Largest() as whole:
+        edge_scores(narrow, pairs, wiring, fronts, path_points(2))
+    senders = len(wiring.senders) * length * width  # of one row
+    assert whole.numel >= rows * senders  # the changes of all senders, so nothing goes unseen
+    assert whole.numel < len(wiring) * rows * length / 2
+    with _Largest() as by_row:
+        edge_scores(narrow, pairs, wiring, fronts, path_points(2), budget=4 * senders)
+    assert by_row.numel < whole.numel
+    assert by_row.numel == max(senders, wiring.real.size)
