@@ -1,19 +1,38 @@
-"""Draw the pictures of README and docs from the models that come with Cutaway: ``python -m tools.make_pictures``."""
+"""Draw the pictures of README and docs from the models that come with Cutaway: ``python -m tools.make_pictures``.
+
+Names of pictures after it draw these alone.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from cutaway import catalog
 from cutaway.core.result import Result
-from cutaway.data import Scenes
-from cutaway.demo import steps
+from cutaway.data import Scenes, Town
 from cutaway.models.load import load
 
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
-DRAWN = ("logit_lens", "patch_residual")
+PAIR = {"clean": "Ada Reed lives in", "corrupt": "Ada Stone lives in", "metric": 'logprob: " Milby"'}
+"""A fact of town that differs between two names."""
+HALVED = 1000  # pixels: wider or taller pictures are kept at half their size
+
+
+def on_town(method: str, **given: str) -> Result:
+    """What a method finds in town."""
+    return catalog.run(method, load("town"), **given)
+
+
+def patch_residual() -> Result:
+    """Which states carry a fact from one name to another."""
+    town = load("town")
+    pair = Town().pairs("city", count=1, length=lambda text: town.inputs(text).ids.shape[1])[0]
+    metric = f'logit_diff: "{pair.clean.answer}", "{pair.corrupt.answer}"'
+    return catalog.run("patch", town, clean=pair.clean.prompt, corrupt=pair.corrupt.prompt, metric=metric)
 
 
 def image_patches() -> Result:
@@ -23,29 +42,33 @@ def image_patches() -> Result:
     return catalog.run("image_patches", load("scenes"), prompt=f"{asked.prompt} {first}", image=scene.image())
 
 
-def circuits() -> dict[str, Result]:
-    """The edges behind a fact of town that differ between two names, and the circuits that they make."""
-    town, given = load("town"), {"clean": "Ada Reed lives in", "corrupt": "Ada Stone lives in"}
-    return {name: catalog.run(name, town, **given, metric='logprob: " Milby"') for name in ("edges", "faithfulness")}
+DRAWN: dict[str, Callable[[], Result]] = {
+    "causal_trace": lambda: on_town("causal_trace", prompt="Ada Reed lives in", subject="Ada Reed"),
+    "edges": lambda: on_town("edges", **PAIR),
+    "faithfulness": lambda: on_town("faithfulness", **PAIR),
+    "image_patches": image_patches,
+    "information_flow": lambda: on_town("information_flow", prompt="Ada Reed lives in"),
+    "logit_lens": lambda: on_town("logit_lens", prompt="Cora Finch lives in"),
+    "patch_residual": patch_residual,
+}
+"""What is drawn, by the picture's name."""
 
 
 def small(picture: Path) -> None:
     """Keep a large picture at half its size: fewer colours would break the legends' gradients."""
     with Image.open(picture) as opened:
+        if max(opened.size) <= HALVED:
+            return
         half = opened.convert("RGB").resize((opened.width // 2, opened.height // 2), Image.Resampling.LANCZOS)
     half.save(picture, optimize=True)
 
 
-def main() -> None:
-    """Write every picture."""
+def main(names: Sequence[str]) -> None:
+    """Write the named pictures, or all."""
     PICTURES.mkdir(exist_ok=True)
-    made = steps()
-    for name in DRAWN:
-        made[name][1].write(PICTURES / f"{name}.png")
-    for name, result in circuits().items():
-        small(result.write(PICTURES / f"{name}.png"))
-    small(image_patches().write(PICTURES / "image_patches.png"))
+    for name in names or DRAWN:
+        small(DRAWN[name]().write(PICTURES / f"{name}.png"))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

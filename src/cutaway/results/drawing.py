@@ -85,6 +85,7 @@ def theme(dark: bool = False) -> Spec:
             "rule": {"color": ink["line"]},
             "positive": {"color": ink["diverging"][-2]},
             "negative": {"color": ink["diverging"][1]},
+            "halo": {"color": ink["paper"], "stroke": ink["paper"], "strokeWidth": 4},
             "plate": {"color": ink["paper"], "stroke": ink["faint"], "strokeWidth": 0.7},
         },
         "range": {"ramp": ink["ramp"], "heatmap": ink["ramp"], "diverging": ink["diverging"]}
@@ -130,9 +131,13 @@ def named(dim: str, unit: str = "") -> str:
 
 
 def step(count: int, room: float, largest: float, smallest: float = 3) -> float:
-    """Pixels per cell so that ``count`` cells fit in ``room``, within what a reader can tell apart."""
+    """Pixels per cell so that ``count`` cells fit in ``room``, within what a reader can tell apart.
+
+    Halves of a pixel, so that a picture at twice the size has no seams between cells.
+    """
     count = max(count, 1)
-    return round(max(min(largest, max(smallest, room / count)), NARROWEST_SIDE / count), 2)
+    fitting = max(min(largest, max(smallest, room / count)), NARROWEST_SIDE / count)
+    return math.floor(2 * fitting) / 2 if fitting * count > NARROWEST_SIDE else math.ceil(2 * fitting) / 2
 
 
 def axis(labels: Sequence[Any], title: str, pixels: float, horizontal: bool, longest: int = LONGEST_LABEL) -> Spec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ class Grid(Kind, kind="grid"):
             errors = None if errors is None else errors[index : index + 1]
         y_name, x_name = self.axes[-2:]
         y_labels, x_labels = self.along(y_name), self.along(x_name)
-        across = 2 if len(panels) == 4 else min(len(panels), 3) or 1  # no row with a single panel
+        across = _across(len(panels), x_labels)
         width = drawing.step(len(x_labels), ROOM / across, CELL)
         height = drawing.step(len(y_labels), HEIGHT / (2 if len(panels) > across else 1), CELL)
         signed = self.scale == "diverging"
@@ -91,6 +92,8 @@ class Grid(Kind, kind="grid"):
         )
         if len(panels) > 1:
             body = drawing.panels(body, panels, drawing.named(self.axes[0]), across)
+            if across > 1 and len(panels) % across:  # a shared axis would stand under the place that stays empty, too
+                body["resolve"] = {"axis": {"x": "independent"}}
         subtitle = [*self.caption(), f"{self.axes[0]} {panel}" if panel is not None else ""]
         return drawing.document({"data": {"values": rows}, **body}, drawing.heading(self.title, *subtitle))
 
@@ -99,3 +102,12 @@ class Grid(Kind, kind="grid"):
         """A cell as a reader sees it who points at it."""
         value = drawing.digits(values[cell])
         return value if errors is None else f"{value} ± {drawing.digits(errors[cell])}"
+
+
+def _across(panels: int, labels: Sequence[Any]) -> int:
+    """Panels in a row: at most three, none alone in the last row of four, and as few as tokens need to be all named."""
+    across = 2 if panels == 4 else min(panels, 3) or 1
+    if any(isinstance(each, str) for each in labels):
+        while across > 1 and drawing.step(len(labels), ROOM / across, CELL) < drawing.LABEL_PIXELS:
+            across -= 1
+    return across

@@ -11,6 +11,7 @@ from cutaway.core.errors import ResultError
 
 SWEEPS = 12
 SHIFTED = 0.8  # of the room beside it, at most, an edge is moved
+BOW = 0.35  # of the way to the next row, an edge beside others is farthest from them
 TURNED = 0.7  # of the way to the next row, an edge has turned into its gap
 
 
@@ -54,8 +55,9 @@ class Layout:
         between = (self.row > min(low, high)) & (self.row < max(low, high))
         channel = self._channel(xa, xb, between)
         if channel is None:
-            bend = (low + high) / 2
-            return [(xa, low), (xa, bend), (xb, bend), (xb, high)]
+            # Straight up and beside others: a bow. Else one bend half-way.
+            bends = (low + (high - low) * BOW, high - (high - low) * BOW) if xa == xb else ((low + high) / 2,) * 2
+            return [(xa, low), (xa + beside, bends[0]), (xb + beside, bends[1]), (xb, high)]
         if channel not in (xa, xb):
             room = float((np.abs(self.x[between] - channel) - self.widths[between] / 2).min()) * SHIFTED
             channel += min(max(beside, -room), room)
@@ -74,6 +76,13 @@ class Layout:
         free = np.concatenate([[xa, xb], left - self.gap / 2, right + self.gap / 2])
         free = free[~((free[:, None] > left) & (free[:, None] < right)).any(axis=1)]
         return float(free[np.argmin(np.abs(free - xa) + np.abs(free - xb))])
+
+
+def columned(height: np.ndarray, column: np.ndarray, pitch: float, width: float) -> Layout:
+    """Places for nodes of the given heights (empty levels are dropped) in columns 0, 1, 2 ..., ``pitch`` apart."""
+    row = np.unique(height, return_inverse=True)[1]
+    x, widths = (column + 0.5) * pitch, np.full(len(height), width)
+    return Layout(x, row, widths, pitch * (float(column.max(initial=0)) + 1), pitch - width)
 
 
 def layered(height: np.ndarray, links: Sequence[tuple[int, int]], widths: np.ndarray, gap: float) -> Layout:
@@ -107,12 +116,23 @@ def _spread(nodes: np.ndarray, widths: np.ndarray, gap: float, total: float) -> 
 
 
 def _settle(wish: np.ndarray, widths: np.ndarray, gap: float, total: float) -> np.ndarray:
-    """Centres in the given order, near where each wishes to be, without overlap and inside the drawing."""
-    x = wish.copy()
-    for i in range(len(x)):  # push right
-        low = widths[i] / 2 if i == 0 else x[i - 1] + (widths[i - 1] + widths[i]) / 2 + gap
-        x[i] = max(x[i], low)
-    for i in reversed(range(len(x))):  # push back left where that ran over the edge
-        high = total - widths[i] / 2 if i == len(x) - 1 else x[i + 1] - (widths[i + 1] + widths[i]) / 2 - gap
-        x[i] = min(x[i], high)
-    return x
+    """Centres in the given order, as near as they can be to where each wishes to be (least squares), without overlap
+    and inside the drawing."""
+    apart = np.concatenate([[0.0], np.cumsum((widths[1:] + widths[:-1]) / 2 + gap)])
+    low, high = widths[0] / 2, total - widths[-1] / 2 - apart[-1]
+    return np.asarray(np.clip(_rising(wish - apart), low, max(low, high)) + apart)
+
+
+def _rising(values: np.ndarray) -> np.ndarray:
+    """The nearest numbers that never fall: neighbours that would are replaced by their mean."""
+    means: list[float] = []
+    counts: list[int] = []
+    for value in values:
+        mean, count = float(value), 1
+        while means and means[-1] > mean:
+            more = counts.pop()
+            mean = (mean * count + means.pop() * more) / (count + more)
+            count += more
+        means.append(mean)
+        counts.append(count)
+    return np.repeat(means, counts)

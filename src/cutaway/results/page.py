@@ -103,6 +103,7 @@ def proof_spec(result: Kind) -> drawing.Spec:
         hi=np.stack([missing, proof.random.max(axis=0)]),
         labels={"line": ("named here", f"random, matched by {proof.matched}")},
         x_name="set size k",
+        interval="smallest and largest of the random draws",
         measure=f"change of {proof.metric}",
         unit=proof.unit,
     )

@@ -9,7 +9,7 @@ import pytest
 
 from cutaway import catalog
 from tests.unit.cli.fakes import GLANCE, STARE, install
-from tools import docs_from_code, new_method
+from tools import docs_from_code, make_pictures, new_method
 
 
 def test_a_new_method_is_three_files_that_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +96,10 @@ def test_a_block_shows_the_command_and_every_parameter() -> None:
     assert "| `scale` | a number | `1.0` | factor. |" in text
     assert docs_from_code.pages()["methods/glance.md"] == text
     assert docs_from_code.method_blocks()["method glance"]() == text
+
+
+def test_every_picture_of_the_pages_is_drawn_by_the_tool_and_shown_on_a_page() -> None:
+    root = make_pictures.PICTURES.parents[1]
+    pages = "".join(page.read_text(encoding="utf-8") for page in [root / "README.md", *root.glob("docs/**/*.md")])
+    assert {path.stem for path in make_pictures.PICTURES.iterdir()} == set(make_pictures.DRAWN)
+    assert set(re.findall(r"pictures/(\w+)\.png", pages)) == set(make_pictures.DRAWN)

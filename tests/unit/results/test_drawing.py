@@ -10,7 +10,7 @@ import vl_convert
 
 from cutaway.core.errors import ResultError
 from cutaway.results import Graph, Grid, ImageMap, Pattern, Ranking, Readout, Series, Table, drawing
-from cutaway.results.graph import GAP, PLATE, RISE
+from cutaway.results.graph_drawing import GAPS, PLATE, RISES, STRAND
 from cutaway.results.layout import layered, ranks
 from cutaway.results.telling import pictures
 from tests.unit.results.examples import png
@@ -182,18 +182,141 @@ def curve(points: list[tuple[float, float]]) -> np.ndarray:
     return np.concatenate([(weights * np.array(ends[i : i + 4])[:, None]).sum(0) for i in range(len(ends) - 3)])
 
 
-def test_no_edge_of_two_hundred_runs_behind_a_node() -> None:
+@pytest.mark.parametrize("rise", RISES)
+def test_no_edge_of_two_hundred_runs_behind_a_node(rise: float) -> None:
     rng = np.random.default_rng(1)
     height = np.repeat(np.arange(12), 6)
     widths = rng.uniform(60, 90, size=len(height))
     links = [(int(a), int(b)) for a, b in rng.integers(0, len(height), (420, 2)) if height[a] < height[b]][:200]
-    drawn = layered(height, links, widths, gap=GAP)
-    tall = PLATE / 2 / RISE
+    drawn = layered(height, links, widths, gap=GAPS[0])
+    tall = PLATE / 2 / rise
     for n, (a, b) in enumerate(links):
-        x, row = curve(drawn.path(a, b, beside=(n % 5 - 2) * GAP / 10)).T
+        x, row = curve(drawn.path(a, b, beside=(n % 5 - 2) * STRAND)).T
         for other in set(range(len(height))) - {a, b}:
             inside = (np.abs(row - drawn.row[other]) < tall) & (np.abs(x - drawn.x[other]) < widths[other] / 2)
             assert not inside.any(), (a, b, other)
+
+
+def test_a_row_is_as_near_to_its_neighbours_as_it_can_be_on_both_sides() -> None:
+    height = np.array([0] * 9 + [1])
+    drawn = layered(height, [(i, 9) for i in range(9)], np.full(10, 20.0), gap=10.0)
+    assert drawn.x[:9].mean() == pytest.approx(drawn.x[9])
+    few = layered(np.array([0] * 9 + [1] * 3), [(4, 9), (4, 10), (4, 11)], np.full(12, 20.0), gap=10.0)
+    assert few.x[9:].mean() == pytest.approx(few.x[4])
+
+
+def parts(spec: drawing.Spec, name: str) -> list[dict[str, object]]:
+    return [row for row in spec["data"]["values"] if row["part"] == name]
+
+
+def flow(weights: tuple[float, ...] = (0.1, 0.6, 0.3, 1.0), about: dict[str, object] | None = None) -> Graph:
+    return Graph(
+        nodes=["L0.resid_pre@3", "L0.resid_pre@1", "L0.resid_pre@0", "L0.resid_mid@3", "L0.resid_post@3"],
+        source=[0, 1, 2, 3],
+        target=[3, 3, 3, 4],
+        weight=weights,
+        layer=[0, 0, 0, 1, 2],
+        node_columns={"position": [3, 1, 0, 3, 3], "token": ["in", " Ada", "<s>", "in", "in"]},
+        edge_columns={"kind": ["stays", "head", "head", "mlp"], "head": [-1, 2, 1, -1]},
+        about=about or {},
+    )
+
+
+def test_nodes_with_positions_stand_in_columns_in_the_order_of_tokens() -> None:
+    spec = flow().spec()
+    at = {row["name"]: row["x"] for row in parts(spec, "node")}
+    assert at["L0.resid_pre@0"] < at["L0.resid_pre@1"] < at["L0.resid_pre@3"]
+    assert at["L0.resid_pre@3"] == at["L0.resid_mid@3"] == at["L0.resid_post@3"]
+    tokens = parts(spec, "column")
+    assert [row["text"] for row in tokens] == ["<s>", "·Ada", "in"]
+    assert [row["x"] for row in tokens] == [at[f"L0.resid_pre@{t}"] for t in (0, 1, 3)]
+    assert [row["text"] for row in parts(spec, "row")] == ["L0.resid_pre", "L0.resid_mid", "L0.resid_post"]
+    assert [row["text"] for row in parts(spec, "head")] == ["head 2", "head 1"]
+    whole = flow(about={"tokens": ["<s>", " Ada", " lives", "in"]}).spec()
+    assert [row["text"] for row in parts(whole, "column")] == ["<s>", "·Ada", "·lives", "in"]
+
+
+def test_tokens_wider_than_their_columns_stand_upright() -> None:
+    many = {"tokens": [f" token{i}" for i in range(60)]}
+    angles = [
+        next(each["mark"].get("angle") for each in graph.spec()["layer"] if "'column'" in str(each["transform"]))
+        for graph in (flow(), flow(about=many))
+    ]
+    assert angles == [None, 270]
+
+
+def test_edges_of_several_kinds_have_their_colours_and_negative_ones_are_dashed() -> None:
+    spec = flow((0.1, -0.6, 0.3, 1.0)).spec()
+    (line,) = [each for each in spec["layer"] if each["mark"]["type"] == "line"]
+    assert line["encoding"]["color"]["scale"]["domain"] == ["head", "mlp", "stays"]
+    assert "negative" in line["encoding"]["strokeDash"]["condition"]["test"]
+    assert any("1 at the thickest; dashed where negative" in each for each in spec["title"]["subtitle"])
+    assert not any("dashed" in each for each in flow().spec()["title"]["subtitle"])
+
+
+def test_edges_between_the_same_two_nodes_lie_side_by_side() -> None:
+    twice = Graph(
+        nodes=["a@0", "b@0"],
+        source=[0, 0],
+        target=[1, 1],
+        weight=[1.0, 2.0],
+        layer=[0, 1],
+        node_columns={"position": [0, 0]},
+    )
+    found = {row["edge"]: set() for row in parts(twice.spec(), "edge")}
+    for row in parts(twice.spec(), "edge"):
+        found[row["edge"]].add(row["x"])
+    assert len(found[1]) == 1  # the strongest runs straight
+    assert len(found[0]) == 2
+
+
+def test_what_the_nodes_of_a_row_share_is_written_once() -> None:
+    graph = Graph(
+        nodes=["embed", "L0.attn.z[0]", "L0.attn.z[11]", "L0.mlp.out"],
+        source=[0, 0, 1, 2],
+        target=[1, 2, 3, 3],
+        weight=[1.0, 2.0, 3.0, 4.0],
+    )
+    spec = graph.spec()
+    assert [row["node"] for row in parts(spec, "node")] == ["embed", "0", "11", "L0.mlp.out"]
+    assert [row["text"] for row in parts(spec, "row")] == ["L0.attn.z"]
+    assert {row["from"] for row in parts(spec, "edge")} == {"embed", "L0.attn.z[0]", "L0.attn.z[11]"}
+
+
+def test_a_legend_says_the_areas_under_its_lines_and_a_logarithmic_axis_its_round_numbers() -> None:
+    y = np.array([[0.0, 0.5, 1.0], [0.0, 0.1, 1.0]])
+    series = Series(
+        x=[0.001, 0.07, 1.0],
+        y=y,
+        lo=y - 0.1,
+        hi=y + 0.1,
+        log_x=True,
+        labels={"line": ("circuit", "random")},
+        line_columns={"CPR": [0.91, np.nan]},
+        interval="smallest and largest",
+    )
+    spec = series.spec()
+    encoding = spec["layer"][1]["encoding"]
+    assert encoding["color"]["scale"]["domain"] == ["circuit · CPR 0.91", "random"]
+    assert encoding["x"]["axis"]["values"] == [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+    assert "bands: smallest and largest" in spec["title"]["subtitle"]
+    svg = vl_convert.vegalite_to_svg(json.dumps(spec))
+    assert all(f">{text}<" in svg for text in ("0.002", "0.05", "0.5", "1"))
+    assert "bands" not in json.dumps(series.replace(lo=None, hi=None).spec())
+
+
+def test_panels_stand_under_each_other_when_tokens_have_no_room_beside() -> None:
+    def columns(tokens: int, labelled: bool) -> int:
+        labels = {"position": [f"t{i}" for i in range(tokens)]} if labelled else {}
+        return Grid(values=np.ones((2, 3, tokens)), axes=("kind", "layer", "position"), labels=labels).spec()["columns"]
+
+    assert (columns(20, True), columns(60, True), columns(60, False)) == (2, 1, 2)
+
+
+def test_no_axis_stands_under_an_empty_place_among_panels() -> None:
+    five = Grid(values=np.ones((5, 2, 3)), axes=("kind", "layer", "head")).spec()
+    assert five["resolve"] == {"axis": {"x": "independent"}}
+    assert "resolve" not in Grid(values=np.ones((6, 2, 3)), axes=("kind", "layer", "head")).spec()
 
 
 def test_shared_keys_are_tied_to_the_heads_that_use_them() -> None:

@@ -92,6 +92,7 @@ def information_flow(
             "contribution": torch.tensor([edge.contribution for edge in edges]),
         },
         measure="share of the last state",
+        about={"tokens": list(inputs.tokens[0])},
         check=Check(
             name="the addends of every state sum to it",
             value=found.error,

@@ -88,7 +88,8 @@ def faithfulness(
         seed: of the draws.
 
     Returns:
-        shares [line, fraction]; of random edges the mean with the smallest and largest. ``line_columns``: CPR and CMD.
+        shares [line, fraction]; of random edges the mean with the smallest and largest. ``line_columns``: CPR and CMD
+        of the first two lines.
 
     Raises:
         MismatchError: prompts of unequal length, or a graph of another model. ParameterError: both runs measure alike.
@@ -122,7 +123,9 @@ def faithfulness(
     for line, values in ((1, kept_random), (3, gone_random)):
         lo[line], hi[line] = values.min(0), values.max(0)
     lines = len(LINES) if minimality else len(LINES) - 1
-    areas = {name: np.array([area(sizes, line) for line in y[:lines]]) for name, area in (("CPR", cpr), ("CMD", cmd))}
+    areas = {name: np.full(lines, np.nan) for name in ("CPR", "CMD")}
+    for line in (0, 1):  # areas are of what circuits keep
+        areas["CPR"][line], areas["CMD"][line] = cpr(sizes, y[line]), cmd(sizes, y[line])
     return Series(
         title=f"Circuits of {model.name}: {pairs.measure}",
         x=sizes,
@@ -133,6 +136,7 @@ def faithfulness(
         x_unit="share of all",
         measure="share of what the model does",
         log_x=True,
+        interval=f"smallest and largest of {draws} draws of random edges",
         labels={"line": LINES[:lines]},
         line_columns=areas,
         about={"edges": tuple(len(some) for some in circuits), "all_edges": len(wiring)},
