@@ -10,16 +10,22 @@ integration along the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Add, Intervention
+from cutaway.core.metric import Metric
 from cutaway.core.site import Items, Site
+from cutaway.engine.exchanges import size_of
 from cutaway.engine.gradients import Run, differentiable, observe
 from cutaway.engine.patching import Exchange, part
+from cutaway.engine.readout import each_of
+from cutaway.engine.replay import BUDGET
 from cutaway.engine.together import ROWS, run_together
 from cutaway.models.handle import Model
 
@@ -29,6 +35,8 @@ STEP = 0.01
 """Part of a cell's change by which finite differences move; half of it says how far they can be trusted."""
 ROUNDING = 64
 """Units in the last place that a metric's rounding may come to."""
+ALIVE = 2
+"""Tensors that a backward pass keeps per input and output of a weight."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,17 @@ class Estimate:
     points: tuple[float, ...]
     weights: dict[Site, Tensor]
 
+    @property
+    def light(self) -> Estimate:
+        """The same without activations; see ``seen_again``."""
+        return replace(self, terms={}, gives={}, gets={}, start=None)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the activations that it holds."""
+        start = {} if self.start is None else {START: self.start}
+        return sum(map(size_of, (self.terms, self.gives, self.gets, start)))
+
 
 def points(steps: int) -> tuple[float, ...]:
     """Where gradients are taken: at the run that receives, or in the middle of each of ``steps`` equal parts."""
@@ -64,94 +83,181 @@ def points(steps: int) -> tuple[float, ...]:
 
 def estimate(model: Model, exchange: Exchange, sites: Sequence[Site], steps: int = 1) -> Estimate:
     """The estimates of all ``sites`` (whole tensors, one layer each) between the runs of an exchange."""
-    at = points(steps)
-    gates = {s: replace(s, kind="expert.gate") for s in sites if s.kind == "expert.act"}
+    return next(found for _, found in estimates(model, [exchange], sites, steps))
+
+
+def estimates(
+    model: Model, exchanges: Sequence[Exchange], sites: Sequence[Site], steps: int = 1, budget: int = BUDGET
+) -> Iterator[tuple[int, Estimate]]:
+    """(number, estimate) of every exchange, not in their order: those of one length run as rows of a batch.
+
+    Args:
+        budget: bytes that the graph of a backward pass may take; a single run is never split.
+    """
+    most = max(1, min(ROWS, budget // _bytes_per_position(model)))
+    for numbers in _batches(exchanges, most):
+        yield from zip(numbers, _estimated(model, [exchanges[i] for i in numbers], sites, steps, most), strict=True)
+
+
+def _estimated(
+    model: Model, exchanges: Sequence[Exchange], sites: Sequence[Site], steps: int, most: int
+) -> Iterator[Estimate]:
+    """The estimates of exchanges of one length, as rows of a batch of at most so many positions."""
+    at, gates = points(steps), _gates(sites)
     start = [START] if steps > 1 else []
-    gives = observe(model, exchange.giver, [*sites, *start])
+    metrics = [each.metric for each in exchanges]
+    giver = _rows(model, [each.giver for each in exchanges])
+    receiver = _rows(model, [each.receiver for each in exchanges])
+    gives = observe(model, giver, [*sites, *start])
     gradients: dict[Site, Tensor] = {}
     if steps == 1 or gates:
-        with differentiable(model, exchange.receiver, [*sites, *gates.values(), *start]) as gets:
-            gradients = gets.gradients(exchange.metric)
-            base, sure = _read(gets, exchange)
+        with differentiable(model, receiver, [*sites, *gates.values(), *start]) as gets:
+            gradients = gets.gradients(metrics)
+            base, sure = _read(gets, metrics)
     else:
-        gets = observe(model, exchange.receiver, [*sites, *start])
-        base, sure = _read(gets, exchange)
+        gets = observe(model, receiver, [*sites, *start])
+        base, sure = _read(gets, metrics)
     change, weights = None, {}
     if steps > 1:
         change = gives.values[START] - gets.values[START]
         mean = _Mean(sites, {s: gets.values[gate].float() for s, gate in gates.items()}, gradients)
-        _along(model, exchange, [*sites, *gates.values()], change, at, mean)
+        _along(model, receiver, metrics, [*sites, *gates.values()], change, at, most, mean)
         gradients, weights = {s: mean.of(s) for s in sites}, {s: mean.weights(s) for s in gates}
-    given, other = _read(gives, exchange)
-    taken = {s: gives.values[s] for s in sites}
-    for s, gate in gates.items():
-        taken[s] = torch.where(gets.values[gate][..., None] != 0, taken[s], gets.values[s])
-    terms = {s: (taken[s] - gets.values[s]).float() * gradients[s].float() for s in sites}
+    given, other = _read(gives, metrics)
+    taken = _taken(gives, gets, sites)
     at = (0.0, *at) if weights else at
-    return Estimate(terms, taken, gets.values, change, base, given, max(sure, other), at, weights)
+    for b in range(len(exchanges)):
+        gave, got = ({s: values[s][b : b + 1] for s in sites} for values in (taken, gets.values))
+        yield Estimate(
+            {s: (gave[s] - got[s]).float() * gradients[s][b : b + 1].float() for s in sites},
+            gave,
+            got,
+            None if change is None else change[b : b + 1],
+            base[b],
+            given[b],
+            max(sure[b], other[b]),
+            at,
+            {s: w[:, b] for s, w in weights.items()},
+        )
+
+
+@torch.no_grad()
+def seen_again(model: Model, exchange: Exchange, sites: Sequence[Site], light: Estimate) -> Estimate:
+    """An estimate that kept no activations, with those of both runs; its ``terms`` stay empty."""
+    start = [START] if len(light.points) > 1 else []
+    gives = observe(model, exchange.giver, [*sites, *start])
+    gets = observe(model, exchange.receiver, [*sites, *_gates(sites).values(), *start])
+    change = gives.values[START] - gets.values[START] if start else None
+    own = {s: gets.values[s] for s in sites}
+    return replace(light, gives=_taken(gives, gets, sites), gets=own, start=change)
+
+
+def _gates(sites: Sequence[Site]) -> dict[Site, Site]:
+    """The router's weights of every site of experts."""
+    return {s: replace(s, kind="expert.gate") for s in sites if s.kind == "expert.act"}
+
+
+def _taken(gives: Run, gets: Run, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    """What each site becomes: what the run that gives has there, but for experts that the other is not routed to."""
+    taken = {s: gives.values[s] for s in sites}
+    for s, gate in _gates(sites).items():
+        taken[s] = torch.where(gets.values[gate][..., None] != 0, taken[s], gets.values[s])
+    return taken
+
+
+def _bytes_per_position(model: Model) -> int:
+    """Bytes that the graph of a pass takes per position, by the sizes of the layers' weights."""
+    layers = [model.hf.get_submodule(layer.path) for layer in model.anatomy().stacks[""]]
+    sides = sum(sum(w.shape[-2:]) for layer in layers for w in layer.parameters() if w.ndim > 1)
+    return max(1, ALIVE * sides * model.dtype.itemsize)
+
+
+def _batches(exchanges: Sequence[Exchange], most: int) -> Iterator[list[int]]:
+    """Numbers of exchanges that run together: of one length, at most so many positions; images or padding alone."""
+    alike: dict[int, list[int]] = defaultdict(list)
+    for i, each in enumerate(exchanges):
+        if any(run.extra or run.padded for run in (each.giver, each.receiver)):
+            yield [i]
+        else:
+            alike[each.receiver.ids.shape[1]].append(i)
+    for length, numbers in alike.items():
+        size = max(1, most // length)
+        yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
+
+
+def _rows(model: Model, runs: Sequence[Inputs]) -> Inputs:
+    """Runs of one length as rows of a batch."""
+    return runs[0] if len(runs) == 1 else model.inputs(torch.cat([run.ids for run in runs]))
 
 
 class _Mean:
-    """Mean gradients over the points of the line.
+    """Mean gradients over the points of the line, in every row.
 
     A gradient at an expert's neurons is brought from the router's weight at its point to the router's weight in the run
     that receives. Its mean is over the points that route there; over none of them, it is that of the run that receives.
 
     Args:
-        routed: {site of experts: [1, pos, expert]} the router's weights in the run that receives.
-        own: {site: [1, pos, ...]} gradients at that run; those of experts are needed.
+        routed: {site of experts: [row, pos, expert]} the router's weights in the run that receives.
+        own: {site: [row, pos, ...]} gradients at that run; those of experts are needed.
     """
 
     def __init__(self, sites: Sequence[Site], routed: Mapping[Site, Tensor], own: Mapping[Site, Tensor]) -> None:
         self.sites, self.routed, self.own = sites, routed, own
         self.n, self._total, self._scales = 0, dict.fromkeys(sites, torch.zeros(())), dict[Site, Tensor]()
 
-    def add(self, run: Run, gradients: Mapping[Site, Tensor]) -> None:
-        """Some more points: rows of a run."""
+    def add(self, run: Run, gradients: Mapping[Site, Tensor], points: int) -> None:
+        """Some more points, each of them all rows of a run."""
         for site in self.sites:
-            g = gradients[site].float()
+            g = gradients[site].float().unflatten(0, (points, -1))
             if site in self.routed:
-                gate = run.values[replace(site, kind="expert.gate")].float()
+                gate = run.values[replace(site, kind="expert.gate")].float().unflatten(0, (points, -1))
                 scale = torch.where(gate != 0, self.routed[site] / gate, 0.0)
                 g = g * scale[..., None]
                 known = self._scales.get(site)
                 self._scales[site] = scale if known is None else torch.cat([known, scale])
-            self._total[site] = self._total[site].to(g.device) + g.sum(dim=0, keepdim=True)
-        self.n += len(run.inputs)
+            self._total[site] = self._total[site].to(g.device) + g.sum(dim=0)
+        self.n += points
 
     def of(self, site: Site) -> Tensor:
-        """[1, pos, ...] the mean."""
+        """[row, pos, ...] the mean."""
         if site not in self.routed:
             return self._total[site] / self.n
-        points = (self._scales[site] != 0).sum(0, keepdim=True)[..., None]
+        points = (self._scales[site] != 0).sum(0)[..., None]
         return torch.where(points > 0, self._total[site] / points.clamp_min(1), self.own[site].float())
 
     def weights(self, site: Site) -> Tensor:
-        """[1 + point, pos, expert] how much the run that receives and each point count in the mean, 1 on average."""
+        """[1 + point, row, pos, expert] how much the receiving run and each point count in the mean, 1 on average."""
         scales = self._scales[site]
         points = (scales != 0).sum(0, keepdim=True)
         return torch.cat([(points == 0).float(), scales]) * (1 + self.n) / points.clamp_min(1)
 
 
 def _along(
-    model: Model, exchange: Exchange, want: Sequence[Site], change: Tensor, at: Sequence[float], mean: _Mean
+    model: Model,
+    receiver: Inputs,
+    metrics: Sequence[Metric],
+    want: Sequence[Site],
+    change: Tensor,
+    at: Sequence[float],
+    most: int,
+    mean: _Mean,
 ) -> None:
-    """Adds to ``mean`` the gradients at points of the line; several points are rows of one batch."""
-    inputs = exchange.receiver
-    size = 1 if inputs.extra else max(1, ROWS // inputs.ids.shape[1])
+    """Adds to ``mean`` the gradients at points of the line; several points of all rows are one batch."""
+    n, length = receiver.ids.shape
+    size = 1 if receiver.extra else max(1, most // (n * length))
     for i in range(0, len(at), size):
         some = at[i : i + size]
-        rows = inputs if len(some) == 1 else inputs.repeat(len(some))
-        moved = torch.stack([p * change[0] for p in some])
+        rows = receiver.take([b for _ in some for b in range(n)])
+        moved = torch.cat([p * change for p in some])
         with differentiable(model, rows, want, Add(START, moved)) as run:
-            mean.add(run, run.gradients(exchange.metric))
+            mean.add(run, run.gradients([*metrics] * len(some)), len(some))
 
 
 @torch.no_grad()
-def _read(run: Run, exchange: Exchange) -> tuple[float, float]:
-    """(metric, largest probability of a token where it reads) of one run."""
-    logits = run.logits(exchange.metric)
-    return float(exchange.metric.of(logits)[0]), float(logits.float().softmax(-1).max())
+def _read(run: Run, metrics: Sequence[Metric]) -> tuple[list[float], list[float]]:
+    """([row] metric, [row] largest probability of a token where it reads) of one run."""
+    logits = run.logits(metrics[0])
+    return each_of(logits, metrics).tolist(), logits.float().softmax(-1).amax(dim=(1, 2)).tolist()
 
 
 def measured(model: Model, exchange: Exchange, found: Estimate, cell: Site) -> tuple[float, float]:

@@ -7,7 +7,7 @@ run.values                                     # {site: activation}, there after
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,7 @@ from cutaway.core.errors import InputError, ParameterError, SiteMissingError
 from cutaway.core.inputs import Inputs
 from cutaway.core.metric import Metric
 from cutaway.core.site import Items, Site, SiteLike
-from cutaway.engine.readout import Readout
+from cutaway.engine.readout import Readout, each_of
 from cutaway.models.handle import InterventionLike, Model
 from cutaway.models.watch import Watch
 
@@ -50,13 +50,13 @@ class Run:
         self.values = {site: x.detach() for site, x in watch.values.items()}
         self._watch, self._end, self._states = watch, end, states
 
-    def metric(self, metric: Metric) -> Tensor:
-        """[batch] the metric, with its graph."""
-        return (
-            Readout(self.model, metric, 1, WHOLE).score(self._read(metric))
-            if self._states
-            else (metric.of(self._read(metric)))
-        )
+    def metric(self, metric: Metric | Sequence[Metric]) -> Tensor:
+        """[batch] the metric, or each row's own, with its graph; metrics of rows read the same positions."""
+        each = [metric] if isinstance(metric, Metric) else metric
+        read, readout = self._read(each[0]), Readout(self.model, each[0], 1, WHOLE)
+        if all(one is each[0] for one in each):
+            return readout.score(read) if self._states else each[0].of(read)
+        return readout.score_each(read, each) if self._states else each_of(read, each)
 
     @torch.no_grad()
     def value(self, metric: Metric) -> float:
@@ -69,12 +69,13 @@ class Run:
         read = self._read(metric).detach()
         return Readout(self.model, metric, 1, WHOLE).logits(read) if self._states else read
 
-    def gradients(self, metric: Metric) -> dict[Site, Tensor]:
-        """{site: gradient} of the metric's sum over rows at every wanted site; asked for once."""
+    def gradients(self, metric: Metric | Sequence[Metric]) -> dict[Site, Tensor]:
+        """{site: gradient} of the sum over rows of the metric, or of each row's own, at every wanted site; once."""
         of = self.metric(metric).sum()
         if not of.requires_grad:
             found = "it counts, so that it has no gradient"
-            raise ParameterError(f"metric '{metric}'", found, "use logit_diff, logit, logprob or loss")
+            named = metric if isinstance(metric, Metric) else metric[0]
+            raise ParameterError(f"metric '{named}'", found, "use logit_diff, logit, logprob or loss")
         return self._watch.gradients(of)
 
     def _read(self, metric: Metric) -> Tensor:

@@ -61,6 +61,14 @@ class Readout:
         named = replace(self.metric, ids=tuple(range(len(self.metric.ids))))
         return named.of(self.logits(rows, self.metric.ids))
 
+    def score_each(self, rows: Tensor, metrics: Sequence[Metric]) -> Tensor:
+        """[run] each row by a metric of its own; they differ in their tokens or in what they compare with."""
+        ids = list(dict.fromkeys(i for metric in metrics for i in metric.ids)) if self.few else None
+        logits = self.logits(rows, ids)
+        if ids is not None:
+            metrics = [replace(metric, ids=tuple(map(ids.index, metric.ids))) for metric in metrics]
+        return each_of(logits, metrics)
+
     def logits(self, rows: Tensor, ids: Sequence[int] | None = None) -> Tensor:
         """[run, read, vocab] logits of rows, or those of ``ids`` alone (where ``few``)."""
         hf, x = self.model.hf, rows.to(self.model.device, self.model.dtype).reshape(1, -1, rows.shape[-1])
@@ -73,6 +81,11 @@ class Readout:
         at = torch.tensor(ids, device=x.device)
         bias = None if head.bias is None else head.bias[at]  # type: ignore[index]
         return nn.functional.linear(x, head.weight[at], bias)  # type: ignore[index]
+
+
+def each_of(logits: Tensor, metrics: Sequence[Metric]) -> Tensor:
+    """[run] each row of logits [run, read, vocab] by its own metric."""
+    return torch.cat([metric.of(row[None]) for row, metric in zip(logits, metrics, strict=True)])
 
 
 def _elementwise(step: Step) -> bool:

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cutaway import catalog, specimens
 from cutaway.core.errors import MismatchError, ParameterError
+from cutaway.engine.estimate import estimates
+from cutaway.engine.exchanges import Kept, exchanges
 from cutaway.models.load import load
 from cutaway.results import Grid
 from tests.architectures import inputs, model
@@ -30,6 +33,8 @@ SWEEPS: list[tuple[str, dict[str, Any]]] = [
     ("patch", {"kind": "resid_post"}),
     ("patch", {"kind": "attn.z", "by": "head", "direction": "corrupt->clean"}),
     ("patch", {"kind": "mlp.act", "by": "neurons", "positions": "1-3"}),
+    ("attribution_patching", {"kind": "resid_pre", "draws": 0, "verify": 0}),
+    ("attribution_patching", {"kind": "attn.z", "by": "head", "steps": 3, "direction": "corrupt->clean"}),
     ("path_patching", {"receivers": "L2.attn.v, L2.mlp.in", "draws": 0}),
     ("path_patching", {"receivers": "L2.attn.q@-1, final_norm", "senders": "all", "each": True, "draws": 0}),
     ("path_patching", {"receivers": "L2.attn.k", "between": "mlps", "direction": "corrupt->clean"}),
@@ -193,6 +198,61 @@ def test_over_many_pairs_paths_lead_from_the_head_that_hears_to_the_one_that_loo
     assert found.proof.effect[0] == pytest.approx(80.6, abs=0.5)  # the mean difference of the runs, in logits
 
 
+@pytest.mark.parametrize(("name", "kind"), [("grouped-query", "mlp.act"), ("experts", "expert.act")])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_pairs_of_one_length_are_estimated_together_within_the_budget(steps: int, name: str, kind: str) -> None:
+    of, passes = model(name), []
+    clean, corrupt = [*UNEVEN[0], *CLEAN], [*UNEVEN[1], *CORRUPT]
+    pairs = exchanges(of, clean, corrupt, None, [7] * 6, [9, 8, 6, 5, 4, 3], "clean->corrupt")
+    sites = of.expand(f"L*.attn.z, L*.{kind}")
+    together, alone = {}, {}
+    hook = of.hf.register_forward_pre_hook(lambda *_: passes.append(1))
+    together.update(estimates(of, pairs, sites, steps))
+    n = len(passes)
+    alone.update(estimates(of, pairs, sites, steps, budget=1))
+    hook.remove()
+    assert together.keys() == alone.keys() == set(range(6))
+    assert n == 3 * (2 if steps == 1 else 3)  # three lengths; the runs that give and receive, and the points at once
+    assert len(passes) - n == 6 * (2 if steps == 1 else 2 + steps)
+    for number, one in alone.items():
+        assert together[number].base == pytest.approx(one.base, abs=1e-5)
+        for site in sites:
+            torch.testing.assert_close(together[number].terms[site], one.terms[site], atol=1e-5, rtol=1e-4)
+        for site, weights in one.weights.items():
+            torch.testing.assert_close(together[number].weights[site], weights, atol=1e-5, rtol=1e-4)
+
+
+def test_over_many_pairs_what_is_promised_is_patched_for_real() -> None:
+    heads = specimens.card("circuit-ioi").truths["heads"]
+    found = run("attribution_patching", load("circuit-ioi"), kind="attn.z", by="head", steps=5, draws=8, **ioi(20))
+    order = np.argsort(-np.abs(found.values), axis=None)[:3]
+    top = [np.unravel_index(n, found.values.shape) for n in order]
+    assert sorted(f"L{layer}.attn.z[{head}]" for layer, head in top) == heads
+    assert found.proof is not None
+    assert found.proof.holds, str(found.proof)
+    assert found.proof.effect[0] == pytest.approx(80.6, abs=0.5)  # any one of the three carries the whole difference
+    assert any("patched for real (replay): rank correlation" in note for note in found.notes)
+
+
+def test_what_does_not_fit_the_budget_is_made_again() -> None:
+    of, heads = model("grouped-query"), {"kind": "attn.z", "by": "head"}
+    sweeps = [("patch", heads), ("attribution_patching", heads), ("path_patching", {"receivers": "L2.attn.v"})]
+    for method, params in sweeps:
+        wide, narrow = (run(method, of, *UNEVEN, metric=DIFF, budget=b, **params) for b in (2**30, 1))
+        assert narrow.same_as(wide, rtol=1e-4, atol=1e-5).lines == ()
+        if method != "patch":
+            assert wide.proof is not None
+            assert narrow.proof is not None
+            np.testing.assert_allclose(narrow.proof.random, wide.proof.random, atol=1e-5)
+    experts = {"metric": DIFF, "kind": "expert.act", "by": "expert", "steps": 3}
+    wide, narrow = (run("attribution_patching", model("experts"), *UNEVEN, budget=b, **experts) for b in (2**30, 1))
+    assert narrow.same_as(wide, rtol=1e-4, atol=1e-5).lines == ()  # its check holds: so do the weights of points
+    held: list[int] = []
+    kept = Kept(lambda i: held.append(i) or i, lambda i: 10, 25)
+    assert [kept[i] for i in (0, 1, 2, 0, 1, 2)] == [0, 1, 2, 0, 1, 2]
+    assert held == [0, 1, 2, 2]
+
+
 def test_paths_of_unequal_lengths_are_averaged() -> None:
     of, given = model("grouped-query"), {"metric": DIFF, "normalise": False, "receivers": "L2.attn.q@-1, L2.mlp.in"}
     found, each = run("path_patching", of, *UNEVEN, **given), singles("path_patching", of, *UNEVEN, **given)
@@ -215,7 +275,7 @@ def test_paths_of_unequal_lengths_are_averaged() -> None:
         ({"clean": [*CLEAN[:2], "f m d"], "metric": DIFF}, ParameterError, "it mixes texts and token ids"),
     ],
 )
-@pytest.mark.parametrize("method", ["patch", "path_patching"])
+@pytest.mark.parametrize("method", ["patch", "path_patching", "attribution_patching"])
 def test_what_cannot_be_averaged_says_why(
     method: str, params: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
