@@ -4,6 +4,10 @@ Along the straight line from what enters the first layer of the run that receive
 gives, the gradient of the metric at every site is taken at one or several points. The estimate of a site is the change
 of its activation from one run to the other, times the mean gradient.
 
+The neurons of an expert act only where the run that receives routes a token to it: there, and nowhere else, patching
+them does something; they become 0 where the run that gives routes elsewhere. So does the estimate. A router's weights
+do route: experts that only the run that gives uses run too, so that their weights have a gradient.
+
 Sources: Nanda (2023), attribution patching; Hanna, Pezzelle and Belinkov (2024), "Have faith in faithfulness", for the
 integration along the inputs.
 """
@@ -109,9 +113,11 @@ def _estimated(
     giver = _rows(model, [each.giver for each in exchanges])
     receiver = _rows(model, [each.receiver for each in exchanges])
     gives = observe(model, giver, [*sites, *start])
+    routers = [s for s in sites if s.kind == "expert.gate"]
     gradients: dict[Site, Tensor] = {}
     if steps == 1 or gates:
-        with differentiable(model, receiver, [*sites, *gates.values(), *start]) as gets:
+        routes = [Add(s, _least(gives.values[s])) for s in routers]
+        with differentiable(model, receiver, [*sites, *gates.values(), *start], routes) as gets:
             gradients = gets.gradients(metrics)
             base, sure = _read(gets, metrics)
     else:
@@ -121,7 +127,8 @@ def _estimated(
     if steps > 1:
         change = gives.values[START] - gets.values[START]
         mean = _Mean(sites, {s: gets.values[gate].float() for s, gate in gates.items()}, gradients)
-        _along(model, receiver, metrics, [*sites, *gates.values()], change, at, most, mean)
+        moves = {START: change, **{s: gives.values[s] - gets.values[s] for s in routers}}
+        _along(model, receiver, metrics, [*sites, *gates.values()], moves, at, most, mean)
         gradients, weights = {s: mean.of(s) for s in sites}, {s: mean.weights(s) for s in gates}
     given, other = _read(gives, metrics)
     taken = _taken(gives, gets, sites)
@@ -232,24 +239,35 @@ class _Mean:
         return torch.cat([(points == 0).float(), scales]) * (1 + self.n) / points.clamp_min(1)
 
 
+def _least(gate: Tensor) -> Tensor:
+    """Where ``gate`` is not 0, a weight too small to change a number: the expert runs, so that it has a gradient."""
+    return (gate != 0) * torch.finfo(gate.dtype).tiny
+
+
 def _along(
     model: Model,
     receiver: Inputs,
     metrics: Sequence[Metric],
     want: Sequence[Site],
-    change: Tensor,
+    moves: Mapping[Site, Tensor],
     at: Sequence[float],
     most: int,
     mean: _Mean,
 ) -> None:
-    """Adds to ``mean`` the gradients at points of the line; several points of all rows are one batch."""
+    """Adds to ``mean`` the gradients at points of the line; several points of all rows are one batch.
+
+    ``moves``: how far the runs are apart where the line starts, and in routers, whose experts of either run all run.
+    """
     n, length = receiver.ids.shape
     size = 1 if receiver.extra else max(1, most // (n * length))
     for i in range(0, len(at), size):
         some = at[i : i + size]
         rows = receiver.take([b for _ in some for b in range(n)])
-        moved = torch.cat([p * change for p in some])
-        with differentiable(model, rows, want, Add(START, moved)) as run:
+        do = [
+            Add(site, torch.cat([p * change if site == START else _least(change) for p in some]))
+            for site, change in moves.items()
+        ]
+        with differentiable(model, rows, want, do) as run:
             mean.add(run, run.gradients([*metrics] * len(some)), len(some))
 
 

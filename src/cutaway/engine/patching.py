@@ -27,6 +27,7 @@ Kind = Literal[
     "attn.out",
     "resid_mid",
     "mlp.act",
+    "expert.gate",
     "expert.act",
     "mlp.out",
     "resid_post",
@@ -35,7 +36,7 @@ By = Literal["position", "head", "neurons", "expert"]
 UNITS = {
     "head": ("attn.q", "attn.k", "attn.v", "attn.z"),
     "neurons": ("mlp.act", "expert.act"),
-    "expert": ("expert.act",),
+    "expert": ("expert.gate", "expert.act"),
 }
 """The kinds whose tensors are divided so; every kind is divided by position."""
 

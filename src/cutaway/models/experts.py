@@ -63,6 +63,19 @@ def run_experts(
     )
 
 
+def routed_by(gate: Tensor, top_k_index: Tensor) -> Tensor | None:
+    """[token, expert] where a changed ``gate`` [token, expert] routes tokens; None where to no other experts."""
+    before = torch.zeros_like(gate, dtype=torch.bool).scatter(1, top_k_index, True)
+    routed = before | (gate != 0)
+    return None if torch.equal(routed, before) else routed
+
+
+def widened(routed: Tensor) -> Tensor:
+    """[token, k] the experts of each token, filled up with others to as many as the widest token has."""
+    most = int(routed.sum(1).max())
+    return routed.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
 def scatter_gate(top_k_index: Tensor, top_k_weights: Tensor, n_experts: int) -> Tensor:
     """[token, expert] routing weights, 0 where a token is not routed."""
     gate = top_k_weights.new_zeros(top_k_index.shape[0], n_experts)

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cutaway.models.attention import SoftmaxProbe, additive_mask, plain_attention
-from cutaway.models.experts import gather_acts, gather_gate, run_experts, scatter_acts, scatter_gate, shows
+from cutaway.models.experts import (
+    gather_acts,
+    gather_gate,
+    routed_by,
+    run_experts,
+    scatter_acts,
+    scatter_gate,
+    shows,
+    widened,
+)
 from cutaway.models.plan import Attention, Layer
 from cutaway.models.recorder import OpKey, op_name, operand_rank
 
@@ -209,16 +218,21 @@ class ExpertsSeer:
         split = lambda x: x.view(rows, -1, *x.shape[1:])  # noqa: E731
         merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
         gate_place, act_place = ((self.scope, self.layer, f"expert.{k}") for k in ("gate", "act"))
+        routed = None
         if self.watch.active(gate_place):
             gate = scatter_gate(index, weights, n)
             seen = self.watch.see(gate_place, gate, split, merge)
-            weights = gather_gate(index, seen) if self.watch.changes(*gate_place) else weights
+            if self.watch.changes(*gate_place):
+                routed = routed_by(seen, index)
+                index = index if routed is None else widened(routed)
+                weights = gather_gate(index, seen)
         if not self.watch.active(act_place):
             out: Tensor = native(module, hidden, index, weights)
             return out
 
         def change(acts: Tensor) -> Tensor:
             full = scatter_acts(index, acts, n)
+            full = full if routed is None else full * routed[..., None]
             seen = self.watch.see(act_place, full, split, merge)
             return gather_acts(index, seen)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import cutaway
 from cutaway import catalog
 from cutaway.core.errors import ParameterError, SiteMissingError
-from cutaway.core.intervention import Add, Zero
+from cutaway.core.intervention import Add, Set, Zero
 from cutaway.engine.estimate import estimate
 from cutaway.engine.patching import Cells, Exchange
 from cutaway.models.handle import Model
@@ -39,6 +39,7 @@ MIXTURES = (
 )
 PLAIN = ("MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM")
 """Those whose experts are ``down(act(gate) * up)``."""
+KINDS = pytest.mark.parametrize("kind", ["expert.act", "expert.gate"])
 EACH = pytest.mark.parametrize("name", MIXTURES)
 
 
@@ -140,9 +141,41 @@ def test_patch_is_a_loop_over_experts_written_out(name: str, direction: str) -> 
     assert some.values[0, 5] == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_weight_that_is_set_routes(name: str) -> None:
+    """To experts that the token was not routed to, too, and patching weights is routing as the other run does."""
+    of = fresh(name)
+    gates = {i: of.trace([ids], want="L1.expert.gate")["L1.expert.gate"] for i, ids in enumerate((CLEAN, CORRUPT))}
+    assert bool(((gates[0] != 0) & (gates[1] == 0)).any())
+    module: Any = of.hf.get_submodule(of.layers[1].experts)
+
+    def routed(h: Tensor, index: Tensor, w: Tensor, to: Tensor) -> Tensor:
+        everyone = torch.arange(4).expand(len(h), -1)
+        return written_out(module, lambda t, e, acts: acts, h, everyone, to)
+
+    draw = torch.rand(1, 6, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.0, 1.0, 1.0])
+    for value in (gates[0], draw):
+        do = Set("L1.expert.gate", value)
+        found = of.trace([CORRUPT], want="L1.expert.gate, L1.expert.act", do=do)
+        module.forward = partial(routed, to=value[0])
+        expected = of([CORRUPT])
+        del module.forward
+        assert gap(found.logits, expected) < 1e-5
+        assert torch.equal(found["L1.expert.gate"], value)
+        acts = found["L1.expert.act"]
+        assert torch.equal(acts.any(-1), (value != 0) | (gates[1] != 0))  # what the router itself chose has run
+        again = of.trace([CORRUPT], do=[do, Set("L1.expert.act", acts)]).logits
+        assert gap(again, expected) < 1e-5
+    every = run("patch", of, kind="expert.gate", by="position", layers="1")
+    for p in (1, 3, 5):
+        logits = of.trace([CORRUPT], do=Set(f"L1.expert.gate@{p}", gates[0][:, p : p + 1])).logits[0, -1]
+        assert every.values[0, p] == pytest.approx(float(logits[11] - logits[22]), abs=1e-5)
+
+
 @EACH
 def test_sweeps_are_replayed(name: str) -> None:
-    assert "how: replay" in run("patch", model(name), by="expert").notes
+    for kind in ("expert.act", "expert.gate"):
+        assert "how: replay" in run("patch", model(name), kind=kind, by="expert").notes
 
 
 @EACH
@@ -186,16 +219,17 @@ def test_gradients_are_finite_differences(name: str) -> None:
         assert float((ends[0] - ends[1]) / 2) == pytest.approx(float((g * step).sum()), rel=5e-3), site
 
 
+@KINDS
 @pytest.mark.parametrize("steps", [1, 8])
 @EACH
-def test_for_prompts_that_hardly_differ_the_estimate_is_what_patching_measures(name: str, steps: int) -> None:
+def test_for_prompts_that_hardly_differ_it_is_what_patching_measures(name: str, steps: int, kind: str) -> None:
     of = fresh(name)
     with torch.no_grad():
         rows = of.hf.get_input_embeddings().weight
         rows[90], rows[93] = rows[71] + 1e-3 * rows[90], rows[73] + 1e-3 * rows[93]
-    for by in ("expert", "neurons"):
-        exact = changes(of, by=by)
-        found = run("attribution_patching", of, by=by, steps=steps, draws=0)
+    for by in ("expert", "neurons" if kind == "expert.act" else "position"):
+        exact = changes(of, by=by, kind=kind)
+        found = run("attribution_patching", of, by=by, kind=kind, steps=steps, draws=0)
         size = float(np.abs(exact).max())
         assert size > 1e-4
         np.testing.assert_allclose(found.values, exact, atol=0.03 * size)
@@ -227,9 +261,10 @@ def apart(of: Model) -> int:
     return last
 
 
+@KINDS
 @pytest.mark.parametrize("steps", [1, 8])
 @EACH
-def test_also_where_they_are_routed_to_other_experts(name: str, steps: int) -> None:
+def test_also_where_they_are_routed_to_other_experts(name: str, steps: int, kind: str) -> None:
     of = fresh(name)
     with torch.no_grad():
         rows = of.hf.get_input_embeddings().weight
@@ -238,11 +273,16 @@ def test_also_where_they_are_routed_to_other_experts(name: str, steps: int) -> N
     site = f"L{last}.expert.gate"
     clean, corrupt = ((of.trace([ids], want=site)[site] != 0)[0, -1] for ids in (CLEAN, CORRUPT))
     assert not bool((clean & corrupt).any())
-    for params in ({"by": "expert"}, {"by": "neurons", "blocks": 20}, {"by": "expert", "direction": "corrupt->clean"}):
-        exact = changes(of, layers=str(last), **params)
-        found = run("attribution_patching", of, layers=str(last), steps=steps, draws=0, **params)
+    blocks: dict[str, Any] = {"by": "neurons", "blocks": 20}
+    for params in (
+        {"by": "expert"},
+        {"by": "expert", "direction": "corrupt->clean"},
+        *[blocks][: kind == "expert.act"],
+    ):
+        exact = changes(of, kind=kind, layers=str(last), **params)
+        found = run("attribution_patching", of, kind=kind, layers=str(last), steps=steps, draws=0, **params)
         size = float(np.abs(exact).max())
-        assert size > 1e-4
+        assert size > 5e-5
         np.testing.assert_allclose(found.values, exact, atol=0.08 * size)  # the metric bends a little
 
 
@@ -316,7 +356,8 @@ def test_what_every_method_keeps(name: str, by: str, method: str, tmp_path: Path
     [
         ("grouped-query", {"by": "expert"}, SiteMissingError, "has no experts that transformers' interface serves"),
         ("grouped-query", {}, SiteMissingError, r"site 'L0.expert.act' of grouped-query"),
-        ("grouped-query", {"kind": "mlp.act", "by": "expert"}, ParameterError, "choose kind expert.act"),
+        ("grouped-query", {"kind": "mlp.act", "by": "expert"}, ParameterError, "choose kind expert.gate or expert.act"),
+        ("experts", {"kind": "expert.gate", "by": "neurons"}, ParameterError, "choose kind mlp.act or expert.act"),
         ("experts", {"kind": "attn.z", "by": "expert"}, ParameterError, "by='expert' with kind='attn.z'"),
         ("experts", {"by": "head"}, ParameterError, "choose kind attn.q or attn.k or attn.v or attn.z"),
         ("experts", {"kind": "mlp.act"}, SiteMissingError, "is a mixture of experts: read expert.act"),
