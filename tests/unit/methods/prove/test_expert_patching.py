@@ -321,6 +321,17 @@ def test_an_expert_acts_only_where_the_run_that_receives_routes_to_it(name: str,
     assert abs(taken.values[0, e] - taken.center) > 1e-4
 
 
+@KINDS
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_several_pairs_are_the_mean_of_each(name: str, steps: int, kind: str) -> None:
+    of, others = model(name), ([60, 61, 62, 63, 64, 65], [60, 61, 40, 63, 64, 65])
+    params: dict[str, Any] = {"kind": kind, "by": "expert", "steps": steps, "draws": 0}
+    each = [run("attribution_patching", of, clean=a, corrupt=b, **params) for a, b in ((CLEAN, CORRUPT), others)]
+    both = run("attribution_patching", of, clean=[CLEAN, others[0]], corrupt=[CORRUPT, others[1]], **params)
+    np.testing.assert_allclose(both.values, (each[0].values + each[1].values) / 2, atol=2e-5)
+
+
 def test_cells_are_experts_or_blocks_inside_one() -> None:
     of = model("DeepseekV3ForCausalLM")  # whose first layer is dense
     assert run("attribution_patching", of, by="expert").labels == {"layer": (1, 2), "expert": (0, 1, 2, 3)}
