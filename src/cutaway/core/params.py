@@ -5,6 +5,7 @@ annotation    as text                                                     the bo
 ============  ==========================================================  =======================================
 Prompt        the text, or ids ``#12 #7 #99``                             str, list of ids or Inputs
 Prompts       as Prompt, or a JSON list ``["one", "#12 #7"]``             list of those, [batch, pos] ids or Inputs
+Words         as Prompts, words of prompts                                list of str or of lists of ids
 Target        the token's text (outer spaces count), or ``#11``           its id
 Sites         ``L*.resid_post, L3.attn.z[5]``                             list of Site
 MetricLike    ``logit_diff: #11, #22``                                    Metric
@@ -33,7 +34,7 @@ import annotated_types
 from cutaway.core.errors import MethodError
 from cutaway.core.forms.base import DrawsForm, Form, ListOf, Plain
 from cutaway.core.forms.cases import CasesForm, SettingsForm
-from cutaway.core.forms.data import ImageForm, PromptForm, PromptsForm, ResultForm
+from cutaway.core.forms.data import ImageForm, PromptForm, PromptsForm, ResultForm, WordsForm
 from cutaway.core.forms.places import (
     InterventionsForm,
     LayersForm,
@@ -47,6 +48,7 @@ from cutaway.core.forms.places import (
 # To a type checker these are Any: callers write text where the body receives a value.
 Prompt = Annotated[Any, PromptForm()]
 Prompts = Annotated[Any, PromptsForm()]
+Words = Annotated[Any, WordsForm()]
 Target = Annotated[Any, TargetForm()]
 Sites = Annotated[Any, SitesForm()]
 MetricLike = Annotated[Any, MetricForm()]
@@ -119,6 +121,7 @@ def without_none(annotation: Any) -> tuple[Any, bool]:
 __all__ = [
     "Prompt",
     "Prompts",
+    "Words",
     "Target",
     "Sites",
     "MetricLike",

@@ -200,9 +200,9 @@ class Cells:
         if len(set(counts)) > 1:
             b = next(i for i, n in enumerate(counts) if n != counts[0])
             raise MismatchError(
-                f"by='position' with positions '{positions}'",
+                f"cells by position, with positions '{positions}'",
                 f"prompt 0 has {counts[0]} of them and prompt {b} has {counts[b]}",
-                "name as many in all, from the end as '-3--1' or from the start as '0-2', or choose by='head'",
+                "name as many in all: '-3--1' counts from the end, '0-2' from the start",
             )
         labels = _labels(prompts, [cells.places for cells in found])
         return [replace(cells, labels=labels) for cells in found]

@@ -107,8 +107,26 @@ class PromptsForm(Form):
             return torch.tensor(rows)
         return rows
 
-    def content(self, value: Any) -> bytes:
+    def content(self, value: Any) -> bytes | None:
         return (value.digest if _is_inputs(value) else self.text(value)).encode()
+
+
+class WordsForm(PromptsForm):
+    """Words of a prompt, or of each of several; the method receives texts or lists of ids."""
+
+    name, from_file = "words", False
+    says = """words as they stand there, ids as '#12 #7', or a JSON list of them ["one", "two"]"""
+
+    def accept(self, given: Any) -> Any:
+        if _is_inputs(given):
+            raise ValueError(f"it is {described(given)}")
+        return super().accept(given)
+
+    def value(self, value: Any, model: ModelLike) -> Any:
+        return [self.one.value(each, model) for each in value]
+
+    def content(self, value: Any) -> bytes | None:
+        return None
 
 
 class ImageForm(Form):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cutaway import catalog
-from cutaway.core.errors import InputError, ParameterError, TokenError
+from cutaway.core.errors import InputError, MismatchError, ParameterError, TokenError
 from cutaway.models.load import load
 from cutaway.ops.spans import find
 from cutaway.results import Grid
@@ -144,10 +144,96 @@ def test_words_are_found_as_whole_tokens() -> None:
             find(given, words, "subject")
 
 
+def test_a_subject_may_be_named_by_ids_where_there_is_a_tokenizer() -> None:
+    of = load("town")
+    words = {"prompt": "Ada Reed lives in", "metric": None, "samples": 2, "draws": 0}
+    ids = of.inputs("Ada Reed lives in").ids[0, find(of.inputs("Ada Reed lives in"), "Ada Reed", "subject")].tolist()
+    by_words, by_ids, by_text = (
+        traced(of, subject=subject, **words) for subject in ("Ada Reed", ids, " ".join(f"#{i}" for i in ids))
+    )
+    np.testing.assert_array_equal(by_ids.values, by_words.values)
+    np.testing.assert_array_equal(by_text.values, by_words.values)
+    assert by_text.made_by is not None
+    assert by_text.made_by.params["subject"] == " ".join(f"#{i}" for i in ids)
+    with pytest.raises(InputError, match=rf"subject '#{ids[1]} #{ids[0]}': it is not one or several whole tokens"):
+        traced(of, subject=ids[::-1], **words)
+
+
+SEVERAL: dict[str, Any] = {"prompt": [[70, 71, 72, 73, 74], [70, 71, 72, 8, 9]], "samples": 3, "noise": 2.0}
+
+
+@pytest.mark.parametrize("name", ["grouped-query", "no-interface"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_several_prompts_give_the_mean_of_each_alone(normalise: bool, name: str) -> None:
+    of = model(name)
+    several = traced(of, **SEVERAL, normalise=normalise)
+    each = [traced(of, **{**SEVERAL, "prompt": one}, normalise=False) for one in SEVERAL["prompt"]]
+    shares = [traced(of, **{**SEVERAL, "prompt": one}) for one in SEVERAL["prompt"]]
+    taken = [raw.values[0, -1, -1] / share.values[0, -1, -1] for raw, share in zip(each, shares, strict=True)]
+    unit = np.mean(taken) if normalise else 1.0
+    values = np.stack([grid.values for grid in each]).mean(0)
+    np.testing.assert_allclose(several.values[0], values[0] / unit, atol=1e-4)
+    np.testing.assert_allclose(several.values[1], values[1] / abs(unit), atol=1e-4)
+    assert several.standard_error.shape == several.values.shape
+    if not normalise:
+        error = abs(each[0].values - each[1].values) / 2  # the standard error of two
+        np.testing.assert_allclose(several.standard_error, error, atol=1e-5)
+    assert several.title.endswith("mean over 2 prompts")
+    narrow = traced(of, **SEVERAL, normalise=normalise, budget=1)
+    assert narrow.same_as(several, rtol=1e-3, atol=1e-4).lines == ()
+
+
+def test_several_prompts_may_have_their_own_subject_answer_and_length() -> None:
+    of = model("grouped-query")
+    given = {**SEVERAL, "prompt": [[70, 71, 72, 73], [5, 9, 71, 6, 8]], "normalise": False, "positions": "-3--1"}
+    several = traced(of, **given, subject='["#71 #72", "#9"]', metric=None, answers=[11, 12], rivals=[22, 23])
+    assert several.labels["position"] == ("#71", -2, -1)
+    each = [
+        traced(of, **{**given, "prompt": prompt}, subject=subject, metric=f"logit_diff: #{a}, #{b}")
+        for prompt, subject, a, b in zip(given["prompt"], ("#71 #72", [9]), (11, 12), (22, 23), strict=True)
+    ]
+    np.testing.assert_allclose(several.values, np.mean([grid.values for grid in each], axis=0), atol=1e-5)
+    own = traced(of, **given, subject="#71", metric=None)
+    assert own.measure == "change of p(answer)"
+
+
+def test_over_many_prompts_the_word_behind_the_subject_carries_it() -> None:
+    """A letter is said again at the end: what came behind it before is the answer, wherever that was."""
+    letters, draw = "a b c d e f g h i j k m n o p".split(), np.random.default_rng(0)
+    rows = [draw.permutation(letters)[:6].tolist() for _ in range(20)]
+    found = traced(
+        load("circuit-induction"),
+        prompt=[" ".join([*row, row[2]]) for row in rows],
+        subject=[row[2] for row in rows],
+        metric=None,
+        answers=[f" {row[3]}" for row in rows],
+        rivals=[f" {row[4]}" for row in rows],
+        noise=10.0,
+        samples=3,
+        draws=8,
+    )
+    mean, places = found.values[0], found.labels["position"]
+    word = 3 + (places[0] == "<s>")
+    assert mean[0, word] == pytest.approx(1, abs=0.02)
+    assert mean[1, -1] == pytest.approx(1, abs=0.02)
+    rest = mean.copy()
+    rest[0, word] = rest[1, -1] = 0
+    assert abs(rest).max() < 0.4  # the subject itself, which the noise makes loud
+    assert found.proof is not None
+    assert found.proof.holds, str(found.proof)
+
+
 @pytest.mark.parametrize(
     ("params", "error", "sentence"),
     [
         ({"subject": "#99"}, InputError, r"which are \['#70', '#71', '#72', '#73', '#74'\]"),
+        ({"subject": [98, 99]}, InputError, r"subject '#98 #99': .* which are \['#70', '#71', '#72', '#73', '#74'\]"),
+        ({**SEVERAL, "subject": '["#71", "#74"]'}, InputError, "subject of prompt 1 '#74': it is not one or several"),
+        ({**SEVERAL, "subject": '["#71", "#71", "#9"]'}, MismatchError, "3 for 2 prompts; give one for all prompts"),
+        ({"prompt": [PROMPT, [71, 72]]}, MismatchError, "prompt 0 has 5 of them and prompt 1 has 2"),
+        ({**SEVERAL, "metric": None, "answers": [1]}, MismatchError, "answers: 1 tokens for 2 prompts"),
+        ({"answers": [1]}, ParameterError, "they are given together"),
+        ({"subject": ["k", [71]]}, ParameterError, "it mixes texts and token ids"),
         ({"noise": 1e-12}, ParameterError, "it takes nothing of logit_diff"),
         ({"metric": "prob: #999999"}, TokenError, "999999"),
         ({"noise": 0.0}, ParameterError, "greater than 0"),
