@@ -14,6 +14,7 @@ from cutaway.core.inputs import Inputs
 from cutaway.core.site import Site
 from cutaway.engine.rows import CannotReplayError, Reach, take_rows
 from cutaway.models.attention import additive_mask
+from cutaway.models.front import no_cache
 from cutaway.models.handle import Model
 from cutaway.models.interface import ATTENTION
 from cutaway.models.plan import Layer
@@ -91,13 +92,8 @@ class LayerCall:
     def run(self, x: Tensor, positions: Tensor) -> Tensor:
         """[rows, d_model] the layer applied to rows [rows, d_model] of the prompt's ``positions``."""
         length = self.pre.shape[0]
-        args = list(take_rows(self.args, positions, length))
-        kwargs = take_rows(self.kwargs, positions, length)
-        slot = self.plan.read["resid_pre"].slot
-        if isinstance(slot, str):
-            kwargs[slot] = x[None]
-        else:
-            args[slot or 0] = x[None]
+        taken = take_rows(self.args, positions, length), take_rows(self.kwargs, positions, length)
+        args, kwargs = self.plan.with_stream(*taken, x[None])
         out = self.module(*args, **kwargs)
         end = self.plan.read["resid_post"].slot
         hidden: Tensor = out if end is None else out[end]
@@ -235,7 +231,7 @@ def _hook(
             x, named = args[slot or 0], dict(kwargs)
             kept = (*args[: slot or 0], None, *args[(slot or 0) + 1 :])
         pre = x.detach()[0].clone()
-        kept, named = tuple(map(_no_cache, kept)), {k: _no_cache(v) for k, v in named.items()}
+        kept, named = tuple(map(no_cache, kept)), {k: no_cache(v) for k, v in named.items()}
         calls[i] = LayerCall(plan, module, kept, named, pre, pre)
 
     def after(_: nn.Module, args: Any, out: Any) -> None:
@@ -249,11 +245,6 @@ def _hook(
     exits.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     exits.callback(module.register_forward_hook(after).remove)
     exits.callback(attention.register_forward_hook(seen).remove)
-
-
-def _no_cache(value: Any) -> Any:
-    """None for the fresh key-value cache that some models make for every pass: rows bring their own keys."""
-    return None if hasattr(value, "get_seq_length") else value
 
 
 def _listener(i: int, attended: dict[int, Attended], plan: Layer) -> Any:

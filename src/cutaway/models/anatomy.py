@@ -81,6 +81,7 @@ def read_layer(graph: LayerGraph) -> Layer:
     for kind in ("attn.out", "mlp.out", "resid_mid"):
         if kind not in read and kind not in refused:
             refused[kind] = f"{name} makes it where no module and no torch call can be tapped"
+    w_o = graph.head_writer(calls[0].z) if calls and not isinstance(attention, str) else ""
     return Layer(
         path=path,
         read=read,
@@ -88,8 +89,10 @@ def read_layer(graph: LayerGraph) -> Layer:
         attention=None if isinstance(attention, str) else attention,
         experts=experts,
         w_out=w_out,
-        w_o=graph.head_writer(calls[0].z) if calls and not isinstance(attention, str) else "",
+        w_o=w_o,
+        gated=bool(w_o) and graph.gated(w_o),
         norms=norms,
+        behind={kind: norm for kind, found in (("attn", attn), ("mlp", mlp)) if (norm := _behind(graph, found))},
         parallel=parallel,
         d_model=graph.start.shape[-1],
         d_mlp=d_mlp,
@@ -107,6 +110,10 @@ def idle_layer(path: str) -> Layer:
     kinds = [kind for kind, about in KINDS.items() if about.layered]
     why = f"{path} did not run in the pass that the anatomy was read from"
     return Layer(path, {}, {}, None, "", "", "", {}, False, 0, 0, 0, 0, dict.fromkeys(kinds, why))
+
+
+def _behind(graph: LayerGraph, parts: list[tuple[str, Node, Addend]]) -> str:
+    return graph.norm_behind(parts[0][1]) if len(parts) == 1 else ""
 
 
 def _d_expert(module: nn.Module | None) -> int:

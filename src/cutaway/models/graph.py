@@ -234,6 +234,15 @@ class LayerGraph:
             else:
                 return ""
 
+    def norm_behind(self, node: Node) -> str:
+        """Path of the norm that ``node`` comes out of, perhaps multiplied; "" when none."""
+        while True:
+            norm = next((p for p, _ in node.output_of if self.is_norm(p)), "")
+            moving = [n for n in node.inputs if n.op != "leaf"]
+            if norm or node.op not in SAME | MUL or len(moving) != 1:
+                return norm
+            node = moving[0]
+
     def head_writer(self, z: Node) -> str:
         """Path of the matrix that reads ``z``; "" when none does."""
         for path, frame in self.frames.items():
@@ -248,6 +257,19 @@ class LayerGraph:
                         if node.op not in MUL or sum(self._made_from(n, z) for n in node.inputs) == 1:
                             todo.extend(node.inputs)
         return ""
+
+    def gated(self, path: str) -> bool:
+        """Whether what the matrix at ``path`` reads is multiplied by something else that the layer computes."""
+        todo, seen = [self.frames[path].inputs[0][1]], set()
+        while todo:
+            node = todo.pop()
+            moving = [n for n in node.inputs if n.op != "leaf"]
+            if node.op in MUL and len(moving) == 2:
+                return True
+            if id(node) not in seen and node.op in MOVE | MUL:
+                seen.add(id(node))
+                todo.extend(moving)
+        return False
 
     def _made_from(self, node: Node, source: Node) -> bool:
         todo, seen = [node], {id(self.start)}

@@ -21,6 +21,7 @@ from cutaway.core.metric import Metric
 from cutaway.core.site import Site, SiteLike
 from cutaway.core.trace import Trace
 from cutaway.models.encode import Encoder
+from cutaway.models.front import behind_attention, until_attention
 from cutaway.models.plan import Anatomy, Layer, is_transposed
 from cutaway.models.probe import probe
 from cutaway.models.region import Window, window_of_call
@@ -315,6 +316,14 @@ class Model:
                 yield self
         finally:
             handle.remove()
+
+    def until_attention(self, layer: int, args: Any, kwargs: Any, x: Tensor) -> dict[str, Tensor]:
+        """What a layer, called so, would attend with if ``x`` entered it; see ``cutaway.models.front``."""
+        return until_attention(self.hf, self.anatomy(), layer, args, kwargs, x)
+
+    def behind_attention(self, layer: int, args: Any, kwargs: Any, x: Tensor, z: Tensor) -> Tensor:
+        """What that layer's output matrix would read if its heads gave ``z``; see ``cutaway.models.front``."""
+        return behind_attention(self.hf, self.anatomy(), layer, args, kwargs, x, z)
 
     # -- weights and readout ------------------------------------------------------------------------------------------
     def weight(self, site: SiteLike) -> Tensor:

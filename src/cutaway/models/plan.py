@@ -99,7 +99,9 @@ class Layer:
         attention: how it attends; None when it has no attention.
         experts: path of the experts module; "" when it has none.
         w_out, w_o: paths of the linear modules that write mlp.act and attn.z into the residual stream.
+        gated: heads are multiplied by something else that the layer computes before w_o reads them.
         norms: module path of the norm applied to the sum (post-norm layers), per "attn" / "mlp".
+        behind: module path of the norm that what the part adds comes out of, perhaps multiplied, per "attn" / "mlp".
         parallel: attention and MLP read the same state, so there is no resid_mid.
         d_model, d_mlp, n_experts, d_expert: sizes; 0 where there is none.
         refused: reason per site kind.
@@ -125,11 +127,23 @@ class Layer:
     refused: Mapping[str, str]
     intakes: Mapping[str, Intake] = field(default_factory=dict)
     activation: tuple[Step, ...] = ()
+    behind: Mapping[str, str] = field(default_factory=dict)
+    gated: bool = False
     no_intake: Mapping[str, str] = field(default_factory=dict)
 
     def changes(self, kind: str) -> bool:
         """Whether ``attn.q`` or ``attn.k`` is here something else than its matrix's output."""
         return self.attention is not None and kind in {f"attn.{side}" for side in self.attention.changed}
+
+    def with_stream(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the layer is called with, ``x`` in place of the residual stream."""
+        slot = self.read["resid_pre"].slot
+        if isinstance(slot, str):
+            return tuple(args), {**kwargs, slot: x}
+        at = slot or 0
+        return (*args[:at], x, *args[at + 1 :]), dict(kwargs)
 
     def has(self, kind: str) -> bool:
         """Whether a layered site kind is here."""

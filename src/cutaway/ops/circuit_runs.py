@@ -4,7 +4,8 @@
              replacement of out_u (the corrupt run's, or a mean)
 
 Many circuits are rows of one forward pass. The model's own modules run; what a layer's heads read one by one is put in
-behind the matrix that makes their queries, keys and values.
+behind the matrix that makes their queries, keys and values. Heads that are not cut out of one matrix get what the layer
+itself makes of what they read, called once for each.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from cutaway.core.intervention import Apply, Where
 from cutaway.core.progress import track
 from cutaway.ops.fronts import Front
 from cutaway.ops.pairs import Pairs, read_logits
-from cutaway.ops.senders import Senders, chunks
+from cutaway.ops.senders import Renormed, Senders, Written, chunks
 from cutaway.ops.watched import WatchedModel
-from cutaway.ops.wiring import SIDES, Wiring
+from cutaway.ops.wiring import Wiring
 
 BUDGET = 2**29
 """Bytes that the rows of one pass may take for what senders write and receivers read."""
@@ -70,7 +71,7 @@ class CircuitRuns:
                 found[which.start : which.stop, rows.start : rows.stop] = values.cpu()
         return found
 
-    def _rows(self, pairs: Pairs, replacement: Tensor, keep: Tensor) -> Tensor:
+    def _rows(self, pairs: Pairs, replacement: Written, keep: Tensor) -> Tensor:
         n = len(keep)
         repeated = pairs.take(list(range(len(pairs))) * n)
         one = _Pass(self, repeated.clean, replacement, keep)
@@ -86,19 +87,24 @@ class CircuitRuns:
 class _Pass:
     """One forward pass over circuits as rows: row ``c * pairs + b`` is circuit c on pair b."""
 
-    def __init__(self, runs: CircuitRuns, inputs: Inputs, replacement: Tensor, keep: Tensor) -> None:
+    def __init__(self, runs: CircuitRuns, inputs: Inputs, replacement: Written, keep: Tensor) -> None:
         self.model, self.wiring, self.fronts = runs.model, runs.wiring, runs.fronts
         self.senders, self.inputs = runs.senders, inputs
-        device = replacement.device
+        device = replacement.outs.device
         self.circuits, self.pairs = len(keep), len(inputs) // len(keep)
         real = torch.as_tensor(self.wiring.real)
         self.left_out = (real & ~keep).to(device, torch.float32)  # [circuit, sender, receiver]
-        replacement = replacement.expand(-1, self.pairs, inputs.ids.shape[1], -1)
-        self.replacement = replacement
-        shape = (self.circuits, len(self.wiring.senders), self.pairs, inputs.ids.shape[1], replacement.shape[-1])
+        self.written = replacement.copy()
+        self.replacement = self.written.outs.expand(-1, self.pairs, inputs.ids.shape[1], -1)
+        shape = (self.circuits, len(self.wiring.senders), self.pairs, inputs.ids.shape[1], self.replacement.shape[-1])
         self.gap = torch.zeros(shape, device=device)  # replacement less what this run has
+        self.own = torch.zeros(shape[1], len(inputs), *shape[3:], device=device) if self.senders.norms else None
+        self.total: Tensor | None = None
         self.z: Tensor | None = None
         self.spliced: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.made: dict[str, Tensor] = {}
+        self.gated: Tensor | None = None  # what each head's gate reads [circuit, head, pair, pos, d]
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
     def run(self) -> Tensor:
         """[row, pos, d] what the logits read."""
@@ -110,7 +116,18 @@ class _Pass:
             Apply("L*.mlp.out", self._wrote),
         ]
         with ExitStack() as exits:
+            do += [
+                Apply(f"L{i}.{'resid_mid' if part == 'attn' else 'resid_post'}", self._normed(part))
+                for i, part in self.senders.norms
+            ]
             for i, front in enumerate(self.fronts):
+                if front.gate:
+                    matrix = self.model.hf.get_submodule(front.gate)
+                    exits.callback(matrix.register_forward_pre_hook(self._gate(i)).remove)
+                if front.asked or front.gate:
+                    layer = self.model.hf.get_submodule(self.model.layers[i].path)
+                    exits.callback(layer.register_forward_pre_hook(self._called, with_kwargs=True).remove)
+                    do += [Apply(f"L{i}.attn.{side}", self._put) for side in front.asked]
                 for path in front.matrices:
                     module = self.model.hf.get_submodule(path)
                     exits.callback(module.register_forward_hook(self._splice(path)).remove)
@@ -129,6 +146,8 @@ class _Pass:
         rows = outs.float().unflatten(1, (self.circuits, self.pairs)).transpose(0, 1)
         end = first + len(outs)
         self.gap[:, first:end] = self.replacement[None, first:end] - rows
+        if self.own is not None:
+            self.own[first:end] = outs
 
     def _read(self, x: Tensor, receivers: range) -> Tensor:
         """[circuit, receiver, pair, pos, d] what each of these receivers reads where the stream is ``x``."""
@@ -141,27 +160,63 @@ class _Pass:
         return moved.unflatten(2, self.gap.shape[2:]).add_(stream)
 
     # -- what happens at each place -----------------------------------------------------------------------------------
+    def _called(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.call = args, kwargs
+
     def _enter(self, x: Tensor, where: Where) -> Tensor:
         i = where.site.layer
         if i == 0:
             self._keep(0, x[None])
         front, block = self.fronts[i], self.wiring.block(i)
         self.x = x
-        self.spliced = {}
+        self.spliced, self.made, self.gated = {}, {}, None
         if not bool(self.left_out[:, :, block.start : block.stop].any()):
             return x
         read = self._read(x, block).to(x.dtype)
-        normed = front.attention.run(self.model, read.flatten(0, 2)).float().view(read.shape)
-        start = 0
-        for side in (front.sides[name] for name in SIDES):
-            heads = len(side.columns)
+        if front.matrices:
+            normed = front.attention.run(self.model, read.flatten(0, 2)).float().view(read.shape)
+        self.gated = read[:, : self.wiring.heads[i]] if front.gate else None
+        for name, side in front.sides.items():
+            at = self.wiring.side(i, name)
+            if side is None:
+                self.made[name] = self._ask(i, name, read[:, at.start - block.start : at.stop - block.start])
+                continue
             rows, bias = side.rows(self.model)
-            own = normed[:, start : start + heads].transpose(0, 1).flatten(1, 3)  # [head, row * pos, d]
-            made = torch.bmm(own, rows.transpose(1, 2))
+            own = normed[:, at.start - block.start : at.stop - block.start].transpose(0, 1).flatten(1, 3)
+            made = torch.bmm(own, rows.transpose(1, 2))  # [head, row * pos, c]
             made = made if bias is None else made + bias[:, None]
             self.spliced.setdefault(side.path, []).append((side.columns.flatten(), made.transpose(0, 1).flatten(1)))
-            start += heads
         return x
+
+    def _ask(self, i: int, side: str, read: Tensor) -> Tensor:
+        """[row, pos, head, d] queries, keys or values that the layer makes where each head reads ``read``
+        [circuit, head, pair, pos, d]."""
+        args, kwargs = self.call
+        own = [
+            self.model.until_attention(i, args, kwargs, x.flatten(0, 1))[side][:, :, h]
+            for h, x in enumerate(read.unbind(1))
+        ]
+        return torch.stack(own, dim=2)
+
+    def _put(self, x: Tensor, where: Where) -> Tensor:
+        return self.made.get(where.site.kind[-1], x)
+
+    def _gate(self, i: int) -> Any:
+        """A hook in front of the output matrix of gated heads: each gate has read what its head's query reads."""
+
+        def hook(_: Any, given: tuple[Tensor, ...]) -> Any:
+            if self.z is None:
+                return None
+            made = given[0].reshape(self.z.shape)
+            if self.gated is not None:
+                args, kwargs = self.call
+                reads = [x.flatten(0, 1) for x in self.gated.unbind(1)]
+                own = [self.model.behind_attention(i, args, kwargs, x, self.z)[:, :, h] for h, x in enumerate(reads)]
+                made = torch.stack(own, dim=2)
+            self.z = made
+            return made.reshape(given[0].shape), *given[1:]
+
+        return hook
 
     def _splice(self, path: str) -> Any:
         """A hook that puts what each head reads behind the matrix."""
@@ -185,7 +240,24 @@ class _Pass:
         i = where.site.layer
         if self.z is not None:
             self._keep(self.wiring.first(i), self.senders.writer(i, self.z, out)(self.z, out))
+        self.total = self.x + out
         return out
+
+    def _normed(self, part: str) -> Any:
+        """An intervention that changes nothing: what senders have in the stream is carried past its norm."""
+
+        def carried(x: Tensor, where: Where) -> Tensor:
+            i = where.site.layer
+            if self.own is not None and self.total is not None:
+                n = self.senders.before(i, part)
+                Renormed.of(n, self.senders.norms[i, part], self.total, x).carry(self.own)
+                self.written.past(i, part)
+                own = self.own[:n].unflatten(1, (self.circuits, self.pairs)).transpose(0, 1)
+                self.gap[:, :n] = self.replacement[None, :n] - own
+            self.x = x
+            return x
+
+        return carried
 
     def _middle(self, x: Tensor, where: Where) -> Tensor:
         self.x = x
@@ -213,6 +285,7 @@ class _Pass:
     def _wrote(self, out: Tensor, where: Where) -> Tensor:
         i = where.site.layer
         self._keep(self.wiring.first(i) + self.wiring.heads[i], out[None])
+        self.total = self.x + out
         return out
 
 
@@ -223,10 +296,10 @@ def plain_values(runs: CircuitRuns) -> Tensor:
         for b in range(len(runs.pairs)):
             one = runs.pairs.take([b])
             reads = one.measure.reads(one.clean)
-            outs, last = runs.senders.run(one.clean)
+            run, last = runs.senders.run(one.clean)
             clean = read_logits(runs.model, last, reads)
             if one.corrupt is None:
-                last = last.float() + (runs.senders.replacement(one) - outs).sum(0)
+                last = last.float() + (runs.senders.replacement(one).outs - run.outs).sum(0)
             else:
                 last = runs.last(one.corrupt)
             measure = one.measure.against(clean)

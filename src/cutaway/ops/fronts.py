@@ -3,6 +3,10 @@
 Nothing is read off a name: one recorded pass shows which module's output each part reads, which columns of a matrix
 belong to which head, and that the norm in front is one whose derivative is known. With that, one product with a matrix
 brings the gradient of every head's input to the residual stream, or gives every head an input of its own.
+
+Where heads are not cut out of one matrix (their queries are normed together, or come through two matrices in a row)
+the layer itself is the front: autograd brings each head's gradient back, and the layer is called once for each head's
+own input. Slower, exact, and all that it takes is that the layer attends.
 """
 
 from __future__ import annotations
@@ -24,8 +28,6 @@ from cutaway.ops.norms import Norm, measure
 from cutaway.ops.watched import WatchedModel
 from cutaway.ops.wiring import SIDES, Wiring
 from cutaway.ops.writers import rows_of
-
-PART_OF = {"q": "queries", "k": "keys", "v": "values"}
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,27 @@ class Front:
     """How one layer reads the stream.
 
     Attributes:
-        sides: the matrices of "q", "k" and "v". attention: the norm that all of them read.
+        sides: the matrices of "q", "k" and "v"; None where the heads are not cut out of one, and the layer is asked.
+        attention: the norm that all of them read.
         mlp: the norm in front of the MLP. at_norm: the MLP has no one input of its own: its norm's output stands for
-            it.
+            it. gate: path of the output matrix of heads that are multiplied by a gate before; "" without one.
     """
 
-    sides: dict[str, Side]
+    sides: dict[str, Side | None]
     attention: Intake
     mlp: Intake
     at_norm: bool
+    gate: str = ""
 
     @property
     def matrices(self) -> list[str]:
         """Paths of the matrices, each once."""
-        return list(dict.fromkeys(side.path for side in self.sides.values()))
+        return list(dict.fromkeys(side.path for side in self.sides.values() if side is not None))
+
+    @property
+    def asked(self) -> list[str]:
+        """The sides that the layer is asked for."""
+        return [name for name, side in self.sides.items() if side is None]
 
 
 class _Call(NamedTuple):
@@ -141,7 +150,7 @@ def read_fronts(model: WatchedModel, inputs: Inputs, wiring: Wiring) -> list[Fro
     """The front of every layer, read from one pass over the first row; read once per model.
 
     Raises:
-        UnsupportedError: heads of a layer are mixed before they attend, or what lies in front of them is no norm.
+        UnsupportedError: what lies in front of a layer's MLP is no norm.
     """
     key = (wiring, inputs.has_images, model.dtype)
     known = _known.setdefault(model.hf, {})
@@ -153,21 +162,27 @@ def read_fronts(model: WatchedModel, inputs: Inputs, wiring: Wiring) -> list[Fro
 def _read(model: WatchedModel, inputs: Inputs, wiring: Wiring) -> list[Front]:
     n = len(wiring.heads)
     calls: list[list[_Call]] = [[] for _ in range(n)]
-    heads: dict[tuple[int, str], Tensor] = {}
+    seen: dict[tuple[int, str], Tensor] = {}
 
     def keep(x: Tensor, where: Where) -> Tensor:
-        heads[where.site.layer, where.site.kind[-1]] = seen = x.view_as(x)
-        return seen
+        seen[where.site.layer, where.site.kind.rpartition(".")[2]] = own = x.view_as(x)
+        return own
 
     want = [f"L{n - 1}.resid_post"]
     for i, layer in enumerate(model.layers):
-        want += [f"L{i}.{kind}" for kind in ("resid_pre", "resid_mid", "mlp.in") if layer.has(kind)]
+        want += [f"L{i}.{kind}" for kind in ("resid_mid", "mlp.in") if layer.has(kind)]
     with ExitStack() as exits:
         for i, layer in enumerate(model.layers):
             _listen(model, layer.path, calls[i], exits)
-        do = [Apply(f"L*.attn.{side}", keep) for side in SIDES]
+        kinds = ("resid_pre", "resid_post", *(f"attn.{side}" for side in SIDES))
+        do = [Apply(f"L*.{kind}", keep) for kind in kinds]
         trace = model.trace(inputs, want=want, do=do, grad=True, stop=True)
-    return [_front(model, i, trace, calls[i], heads) for i in range(n)]
+    if seen[0, "resid_pre"].shape[1] != inputs.ids.shape[1]:
+        found = f"its layers run over {seen[0, 'resid_pre'].shape[1]} positions for {inputs.ids.shape[1]} tokens"
+        raise UnsupportedError(f"the edges of {model.name}", found, "")
+    for i in range(n - 1):
+        _unchanged(model, i, seen[i, "resid_post"], seen[i + 1, "resid_pre"])
+    return [_front(model, i, trace, calls[i], {kind: x for (at, kind), x in seen.items() if at == i}) for i in range(n)]
 
 
 def _listen(model: WatchedModel, path: str, calls: list[_Call], exits: ExitStack) -> None:
@@ -186,32 +201,57 @@ def _listen(model: WatchedModel, path: str, calls: list[_Call], exits: ExitStack
         exits.callback(module.register_forward_hook(seen, with_kwargs=True).remove)
 
 
-def _front(
-    model: WatchedModel, i: int, trace: Trace, calls: Sequence[_Call], heads: dict[tuple[int, str], Tensor]
-) -> Front:
+def _unchanged(model: WatchedModel, i: int, post: Tensor, pre: Tensor) -> None:
+    """Between two layers the model adds nothing that it computes from the stream (Idefics attends to images there)."""
+    given = _random(pre)
+    (back,) = torch.autograd.grad(pre, post, given, retain_graph=True, allow_unused=True)
+    if back is None or not torch.equal(back, given.view(back.shape)):
+        found = f"between layers {i} and {i + 1} it computes something from the stream and adds it"
+        raise UnsupportedError(f"the edges of {model.name}", found, "")
+
+
+def _front(model: WatchedModel, i: int, trace: Trace, calls: Sequence[_Call], seen: dict[str, Tensor]) -> Front:
     layer, asked = model.layers[i], f"how layer {i} of {model.name} reads the residual stream"
-    pre = trace[f"L{i}.resid_pre"]
-    matrices = [call for call in calls if call.matrix]
-    sides: dict[str, Side] = {}
-    read: list[Tensor] = []
-    for side in SIDES:
-        call, columns = _side(heads[i, side], matrices, f"{asked}: its {PART_OF[side]}")
-        sides[side] = Side(call.path, columns)
-        read.append(call.given)
-    if any(not same(read[0], other) for other in read):
-        raise UnsupportedError(asked, "its queries, keys and values are made of different states")
-    attention = _intake(model, pre, read[0], calls, f"{asked}: its attention")
+    if layer.attention.calls > 1:
+        raise UnsupportedError(asked, f"it attends in {layer.attention.calls} separate chunks")
+    pre, gate = seen["resid_pre"], layer.w_o if layer.gated else ""
+    attention, read = _attention_intake(model, pre, seen, calls, f"{asked}: its attention")
+    sides = _apart({side: _side(seen[side], read, calls) for side in SIDES})
     middle = pre if layer.parallel else trace[f"L{i}.resid_mid"] if layer.has("resid_mid") else None
     if middle is None:
         raise UnsupportedError(asked, layer.refused.get("resid_mid", "the state before its MLP is not seen"))
     if layer.has("mlp.in"):
         mlp = _intake(model, middle, trace[f"L{i}.mlp.in"], calls, f"{asked}: its MLP")
-        return Front(sides, attention, mlp, False)
-    norms = [c for c in calls if not c.matrix and same(c.given, middle) and not same(c.out, read[0])]
+        return Front(sides, attention, mlp, False, gate)
+    norms = [c for c in calls if not c.matrix and same(c.given, middle) and not same(c.out, read)]
     norms = [c for c in norms if c.out.shape[-1] == layer.d_model and not same(c.out, middle)]
+    found = "what its experts alone read is not the output of one norm"
     if len(norms) != 1:
-        raise UnsupportedError(asked, f"{len(norms)} modules could be the norm in front of its MLP")
-    return Front(sides, attention, _intake(model, middle, norms[0].out, calls, f"{asked}: its MLP"), True)
+        raise UnsupportedError(asked, found)
+    try:
+        mlp = _intake(model, middle, norms[0].out, calls, f"{asked}: its MLP")
+    except UnsupportedError as problem:
+        raise UnsupportedError(asked, found) from problem
+    return Front(sides, attention, mlp, True, gate)
+
+
+def _attention_intake(
+    model: WatchedModel, pre: Tensor, seen: dict[str, Tensor], calls: Sequence[_Call], asked: str
+) -> tuple[Intake, Tensor]:
+    """(the norm that all queries, keys and values come through, its output); the stream itself where there is none."""
+    heads = [seen[side] for side in SIDES if seen[side].requires_grad]
+    if not heads or not pre.requires_grad:
+        raise UnsupportedError(asked, "no gradient passes through it")
+    given = [_random(x) for x in heads]
+    norms = [c for c in calls if not c.matrix and c.out.requires_grad and same(c.given, pre) and not same(c.out, pre)]
+    for call in norms:
+        at, through = torch.autograd.grad(heads, [pre, call.out], given, allow_unused=True, retain_graph=True)
+        if at is None or through is None:
+            continue
+        (back,) = torch.autograd.grad(call.out, pre, through, retain_graph=True)
+        if float((back - at).abs().max()) <= max(1e-4, 16 * torch.finfo(at.dtype).eps) * float(at.abs().max()):
+            return _intake(model, pre, call.out, calls, asked), call.out
+    return Intake(), pre
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -219,15 +259,25 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and a.shape[-1] == b.shape[-1] and torch.equal(a.flatten(), b.flatten())
 
 
-def _side(heads: Tensor, matrices: Sequence[_Call], asked: str) -> tuple[_Call, Tensor]:
-    """The matrix whose outputs alone make queries, keys or values [row, pos, head, d], and which make each head."""
+def _random(like: Tensor) -> Tensor:
+    """Numbers from 0.5 to 1.5, always the same."""
+    return (torch.rand(like.shape, generator=torch.Generator().manual_seed(0)) + 0.5).to(like)
+
+
+def _side(heads: Tensor, read: Tensor, calls: Sequence[_Call]) -> Side | None:
+    """The matrix whose outputs alone make queries, keys or values [row, pos, head, d], and which make each head.
+
+    None when it is not one that reads ``read``, or when one of its outputs is in several heads.
+    """
+    matrices = [call for call in calls if call.matrix and call.out.requires_grad]
+    if not heads.requires_grad or not matrices:
+        return None
+    given = _random(heads)
     outs = [call.out for call in matrices]
-    generator = torch.Generator().manual_seed(0)
-    given = (torch.rand(heads.shape, generator=generator) + 0.5).to(heads)
     found = torch.autograd.grad(heads, outs, given, allow_unused=True, retain_graph=True)
     behind = [call for call, g in zip(matrices, found, strict=True) if g is not None]
-    if len(behind) != 1:
-        raise UnsupportedError(asked, f"they come out of {len(behind)} matrices, one after or beside the other")
+    if len(behind) != 1 or not same(behind[0].given, read):
+        return None
     columns = []
     for h in range(heads.shape[2]):
         one = torch.zeros_like(given)
@@ -235,8 +285,18 @@ def _side(heads: Tensor, matrices: Sequence[_Call], asked: str) -> tuple[_Call, 
         (g,) = torch.autograd.grad(heads, behind[0].out, one, retain_graph=True)
         columns.append(g.flatten(0, -2).any(0).nonzero().flatten())
     if len({len(c) for c in columns}) != 1 or len(torch.cat(columns).unique()) != sum(map(len, columns)):
-        raise UnsupportedError(asked, "their heads are mixed behind the matrix that makes them")
-    return behind[0], torch.stack(columns)
+        return None
+    return Side(behind[0].path, torch.stack(columns))
+
+
+def _apart(sides: dict[str, Side | None]) -> dict[str, Side | None]:
+    """The sides, without those that share outputs of one matrix, as keys that are the values do."""
+
+    def alone(name: str, side: Side) -> bool:
+        others = [x for other, x in sides.items() if other != name and x is not None and x.path == side.path]
+        return not any(bool(torch.isin(side.columns, other.columns).any()) for other in others)
+
+    return {name: side if side is not None and alone(name, side) else None for name, side in sides.items()}
 
 
 def final_intake(model: WatchedModel) -> Intake | None:

@@ -1,16 +1,26 @@
-"""What every sender writes into the residual stream in one run: the embedding, each head, each MLP."""
+"""What every sender writes into the residual stream in one run: the embedding, each head, each MLP.
+
+Where a layer norms the sum of stream and part (BERT, the first GPT), what a sender has in the stream is carried on:
+behind each norm it is what the norm, with the scale that it had in that run, makes of it. What is added whatever was
+written, biases and shifts, counts as the embedding's, so that the senders add up to the stream at every place.
+
+Source: Kobayashi et al. (2021), "Incorporating residual and normalization layers into analysis of masked language
+models", for the norm of a sum as a sum of normed parts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cutaway.core.errors import UnsupportedError
 from cutaway.core.inputs import Inputs
-from cutaway.ops.norms import Norm
+from cutaway.ops.norms import Norm, measure
 from cutaway.ops.pairs import Pairs
 from cutaway.ops.watched import WatchedModel
 from cutaway.ops.wiring import Wiring
@@ -61,8 +71,89 @@ class HeadWriter:
 def wanted(model: WatchedModel) -> list[str]:
     """The sites that ``Senders`` reads in a run."""
     n = len(model.layers)
-    kinds = ("attn.z", "attn.out", "mlp.out")
-    return ["L0.resid_pre", *(f"L{i}.{kind}" for i in range(n) for kind in kinds), f"L{n - 1}.resid_post"]
+    found = ["L0.resid_pre"]
+    for i, layer in enumerate(model.layers):
+        states = ("resid_pre", "resid_mid", "resid_post") if layer.norms else ()
+        found += [f"L{i}.{kind}" for kind in (*states, "attn.z", "attn.out", "mlp.out")]
+    return [*found, f"L{n - 1}.resid_post"]
+
+
+class Renormed(NamedTuple):
+    """A norm of the whole stream in one run.
+
+    Attributes:
+        senders: how many have written before it. norm: what it does. before: [row, pos, d] the sum that it norms.
+        inverse: [row, pos] 1 / its scale.
+    """
+
+    senders: int
+    norm: Norm
+    before: Tensor
+    inverse: Tensor
+
+    @staticmethod
+    def of(senders: int, norm: Norm, before: Tensor, after: Tensor) -> Renormed:
+        """The norm that made ``after`` of ``before``."""
+        before = before.float()
+        return Renormed(senders, norm, before, norm.inverse_scale(before, after.float()))
+
+    def carry(self, outs: Tensor) -> None:
+        """What senders have in the stream [sender, row, pos, d] becomes what they have behind the norm, in place."""
+        own = outs[: self.senders]
+        own[0] += self.before - own.sum(0)
+        own.copy_(self.norm.gain * self.norm.centred(own) * self.inverse[..., None])
+        own[0] += self.norm.shift
+
+
+@dataclass
+class Written:
+    """What senders have in the stream in one run, at one place of it.
+
+    Attributes:
+        outs: [sender, row, pos, d] float32. norms: of the stream itself, still to come, by (layer, "attn" or "mlp").
+    """
+
+    outs: Tensor
+    norms: dict[tuple[int, str], Renormed] = field(default_factory=dict)
+
+    def copy(self) -> Written:
+        """The same, to be carried on by itself."""
+        return Written(self.outs.clone(), self.norms) if self.norms else self
+
+    def past(self, layer: int, part: str) -> None:
+        """Go on to behind the norm of a layer's ``part``, if the stream is normed there."""
+        if (layer, part) in self.norms:
+            self.norms[layer, part].carry(self.outs)
+
+
+class Change:
+    """How what senders have in the stream differs between a run and one that replaces it, place by place.
+
+    What the run wrote is written over.
+
+    Attributes:
+        now: [sender, row, pos, d] at the place reached; 0 at padding.
+    """
+
+    def __init__(self, run: Written, other: Written, mask: Tensor) -> None:
+        self.padding = ~mask.to(run.outs.device, torch.bool)[None, :, :, None]
+        self.runs = (run, other) if run.norms else ()
+        self.now = run.outs.clone() if run.norms else run.outs  # in place: it is the largest tensor there is
+        self.now.neg_().add_(other.outs).masked_fill_(self.padding, 0.0)
+
+    def missing(self, last: Tensor) -> float | None:
+        """How far what senders have is from the last residual stream, relative; None where no norm was passed."""
+        if not self.runs:
+            return None
+        gap = (self.runs[0].outs.sum(0) - last.float()).masked_fill_(self.padding[0], 0.0)
+        return float(gap.abs().max()) / (float(last.abs().max()) or 1.0)
+
+    def past(self, layer: int, part: str) -> None:
+        """Go on to behind the norm of a layer's ``part``, if the stream is normed there."""
+        if self.runs and (layer, part) in self.runs[0].norms:
+            for run in self.runs:
+                run.past(layer, part)
+            self.now.copy_(self.runs[1].outs).sub_(self.runs[0].outs).masked_fill_(self.padding, 0.0)
 
 
 class Senders:
@@ -77,6 +168,17 @@ class Senders:
     def __init__(self, model: WatchedModel, wiring: Wiring, reference: Inputs | None = None) -> None:
         self.model, self.wiring, self.reference = model, wiring, reference
         self.writers: dict[int, HeadWriter] = {}
+        self.norms = {
+            (i, part): measure(
+                model.hf.get_submodule(path),
+                layer.d_model,
+                model.device,
+                model.dtype,
+                f"the norm {path} of {model.name}",
+            )
+            for i, layer in enumerate(model.layers)
+            for part, path in layer.norms.items()
+        }
         self._mean: Tensor | None = None
 
     def writer(self, layer: int, z: Tensor, out: Tensor) -> HeadWriter:
@@ -85,25 +187,56 @@ class Senders:
             self.writers[layer] = HeadWriter.of(self.model, layer, z, out)
         return self.writers[layer]
 
-    def run(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """([sender, row, pos, d] float32, [row, pos, d] the last residual stream) of a run; 0 at padding."""
-        trace = self.model.trace(inputs, want=wanted(self.model), stop=True)
-        found = self.of({str(site): value for site, value in trace.items()})
-        padding = ~inputs.mask.to(found.device, torch.bool)[None, :, :, None]
-        n = len(self.model.layers)
-        return found.masked_fill_(padding, 0.0), trace[f"L{n - 1}.resid_post"]
+    def run(self, inputs: Inputs) -> tuple[Written, Tensor]:
+        """(what a run writes, 0 at padding; [row, pos, d] its last residual stream)."""
+        gated: dict[str, Tensor] = {}
 
-    def replacement(self, pairs: Pairs) -> Tensor:
-        """[sender, row, pos, d], or with 1 for row and pos, what senders become when they are taken away."""
+        def keep(i: int) -> Any:
+            def hook(_: Any, given: tuple[Tensor, ...]) -> None:
+                gated[f"L{i}.attn.z"] = given[0]
+
+            return hook
+
+        with ExitStack() as exits:
+            for i, layer in enumerate(self.model.layers):
+                if layer.gated:
+                    module = self.model.hf.get_submodule(layer.w_o)
+                    exits.callback(module.register_forward_pre_hook(keep(i)).remove)
+            trace = self.model.trace(inputs, want=wanted(self.model), stop=True)
+        values = {str(site): value for site, value in trace.items()}
+        values |= {site: given.detach().reshape(values[site].shape) for site, given in gated.items()}
+        padding = ~inputs.mask.to(self.model.device, torch.bool)[None, :, :, None]
+        norms = {place: self._renormed(values, *place) for place in self.norms}
+        last: Tensor = values[f"L{len(self.model.layers) - 1}.resid_post"]
+        return Written(self.of(values).masked_fill_(padding, 0.0), norms), last
+
+    def _renormed(self, values: Mapping[str, Any], i: int, part: str) -> Renormed:
+        before, after = ("resid_pre", "resid_mid") if part == "attn" else ("resid_mid", "resid_post")
+        total = values[f"L{i}.{before}"] + values[f"L{i}.{part}.out"]
+        return Renormed.of(self.before(i, part), self.norms[i, part], total, values[f"L{i}.{after}"])
+
+    def before(self, layer: int, part: str) -> int:
+        """How many senders have written when a layer has added its ``part``."""
+        return self.wiring.first(layer) + self.wiring.heads[layer] + (part == "mlp")
+
+    def replacement(self, pairs: Pairs) -> Written:
+        """[sender, row, pos, d], or with 1 for row and pos, what senders become when they are taken away.
+
+        Raises:
+            UnsupportedError: means, where the stream itself is normed.
+        """
         if pairs.corrupt is not None:
             return self.run(pairs.corrupt)[0]
+        if self.norms:
+            found = "its layers norm the sum of stream and part, and a mean has no scale of its own"
+            raise UnsupportedError(f"means in place of what parts of {self.model.name} write", found, "give 'corrupt'")
         if self._mean is None:
             reference = pairs.clean if self.reference is None else self.reference
             size = 4 * len(self.wiring.senders) * reference.ids.shape[1] * self.model.layers[0].d_model
             groups = chunks(len(reference), size, MEAN_BUDGET, at_once=not reference.has_images)
-            total = sum(self.run(reference.take(rows))[0].sum((1, 2)) for rows in groups)
+            total = sum(self.run(reference.take(rows))[0].outs.sum((1, 2)) for rows in groups)
             self._mean = torch.as_tensor(total / int(reference.mask.sum()))[:, None, None]
-        return self._mean
+        return Written(self._mean)
 
     def of(self, values: Mapping[str, Any]) -> Tensor:
         """[sender, row, pos, d] of the activations of a run, by site."""

@@ -62,6 +62,14 @@ class WatchedModel(Protocol):
         """One watched forward pass."""
         ...
 
+    def until_attention(self, layer: int, args: Any, kwargs: Any, x: Tensor) -> dict[str, Tensor]:
+        """{"q", "k", "v"}: [row, pos, head, d] what a layer, called so, would attend with if ``x`` entered it."""
+        ...
+
+    def behind_attention(self, layer: int, args: Any, kwargs: Any, x: Tensor, z: Tensor) -> Tensor:
+        """[row, pos, head, d_value] what that layer's output matrix would read if its heads gave ``z``."""
+        ...
+
     def unembed(self, resid: Tensor) -> Tensor:
         """Logits of residual states."""
         ...

@@ -1,9 +1,10 @@
 """Who can write to whom: the edges of a model's computation, from what writes the residual stream to what reads it.
 
 Senders are the input embedding, every head and every MLP. Receivers are the queries of every head, the keys and values
-of every key-value head, every MLP, and the logits. Each reads all that was added to the residual stream before it. A
-head's queries, keys and values belong to the head's node; keys and values that several heads share are nodes of their
-own, so that nothing is ungrouped.
+of every key-value head, every MLP, and the logits. Each reads all that was added to the residual stream before it.
+Where a head's output is multiplied by a gate (Laguna), the gate reads what the head's query reads. A head's queries,
+keys and values belong to the head's node; keys and values that several heads share are nodes of their own, so that
+nothing is ungrouped.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class Wiring:
             kinds = ("resid_pre", "attn.out", "mlp.out", "attn.z", "attn.q", "attn.k", "attn.v")
             missing = next((kind for kind in kinds if not layer.has(kind)), None)
             why = layer.refused[missing] if missing else ""
-            if layer.norms:
-                why = "it norms the sum of stream and part"
+            if layer.norms and not missing and not layer.has("resid_mid"):
+                why = "it norms the sum of the stream with attention and MLP at once"
             elif not missing and not layer.w_o:
-                why = "its heads are not written by one matrix"
+                why = "its heads are not written by one matrix that reads them as they are"
             if why:
                 raise UnsupportedError(f"the edges into and out of layer {i} of {model.name}", why)
             heads.append(layer.attention.heads)
@@ -128,6 +129,12 @@ class Wiring:
         """Numbers of the receivers of a layer's attention: queries, keys, values; the MLP's comes next."""
         start = sum(h + 2 * g + 1 for h, g in zip(self.heads[:layer], self.kv_heads[:layer], strict=True))
         return range(start, start + self.heads[layer] + 2 * self.kv_heads[layer])
+
+    def side(self, layer: int, side: str) -> range:
+        """Numbers of the receivers that are queries ("q"), keys ("k") or values ("v") of a layer, head by head."""
+        start, heads, groups = self.block(layer).start, self.heads[layer], self.kv_heads[layer]
+        first = start + {"q": 0, "k": heads, "v": heads + groups}[side]
+        return range(first, first + (heads if side == "q" else groups))
 
     @cached_property
     def real(self) -> np.ndarray:

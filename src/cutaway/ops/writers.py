@@ -6,7 +6,7 @@ may be multiplied by a constant, or pass through a norm (Gemma 2 and 3, OLMo 2),
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,7 +101,16 @@ def _normed(
         y: Tensor = module(x)
         return y
 
-    norm = measure(normed, out.shape[-1], out.device, model.dtype, asked)
+    try:
+        norm = measure(normed, out.shape[-1], out.device, model.dtype, asked)
+    except UnsupportedError as problem:
+        found = f"between their matrix and the residual stream lies {type(module).__name__}, which is no norm"
+        raise UnsupportedError(asked, found, "") from problem
+    with torch.no_grad():
+        after = module((total if bias is None else total + bias.float()).to(model.dtype)).double()
+    factor = float(after.flatten() @ out.double().flatten() / (after * after).sum()) if bool(after.any()) else 1.0
+    if abs(factor - 1) > rounding(model.dtype):  # HyperCLOVA X multiplies what it normed
+        norm = replace(norm, gain=norm.gain * factor, shift=norm.shift * factor)
     frozen = FrozenNorm(norm, norm.inverse_scale(total if bias is None else total + bias.float(), out))
     constant = norm.shift.expand_as(out)
     if bias is not None:
@@ -114,6 +123,8 @@ def _behind(model: WatchedModel, layer: int, side: str) -> nn.Module | None:
     """The module between a side's output matrix and the residual stream; None where there is none."""
     plan = model.layers[layer]
     tap = plan.read[f"{side}.out"]
+    if tap.where == "op" and side in plan.behind:
+        return model.hf.get_submodule(plan.behind[side])
     if tap.where != "out" or any(
         path == tap.module or path.startswith(tap.module + ".") for path in (plan.w_o, plan.w_out, plan.experts) if path
     ):

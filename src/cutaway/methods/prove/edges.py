@@ -83,7 +83,7 @@ def edges(
     Raises:
         MismatchError: prompts of unequal length, naming the tokens. ParameterError: neither or both of metric and
         answers. TokenError: a token that the vocabulary lacks. UnsupportedError: a layer that does not add heads and
-        an MLP to the residual stream, or mixes its heads before they attend.
+        an MLP to the residual stream, or means where the stream itself is normed.
     """
     pairs = paired(model, clean, corrupt, metric, answers, rivals, (clean_image, corrupt_image))
     wiring = Wiring.of_model(model, pairs.clean)
@@ -97,7 +97,8 @@ def edges(
     runs = CircuitRuns(model, pairs, wiring, fronts, senders)
     source, target, into = wiring.ends
     columns: dict[str, Any] = {"into": into}
-    notes = [_values(pairs, found), *([_completeness(found)] if pairs.corrupt is not None else [])]
+    complete = pairs.corrupt is not None and found.missing is None
+    notes = [_values(pairs, found), *([_completeness(found)] if complete else [])]
     if verify:
         exact = _exact(runs, wiring, order[:verify])
         columns["exact"] = np.full(len(scores), np.nan)
@@ -143,6 +144,8 @@ def _completeness(found: EdgeScores) -> str:
 def _check(found: EdgeScores, model: Model) -> Check:
     tolerance = max(TOLERANCE, 16 * torch.finfo(model.dtype).eps)
     name = "edges out of the embedding sum to the effect of its own gradient"
+    if found.missing is not None:
+        name = "what is written, carried through the norms of the stream, sums to the last of it"
     return Check(name=name, value=found.error, tolerance=tolerance)
 
 
