@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cutaway.core.errors import UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Add, Apply
 from cutaway.models.handle import Model
@@ -27,6 +28,7 @@ from cutaway.ops.wiring import Receiver, Wiring
 CLEAN = torch.tensor([[70, 71, 72, 73, 74, 75], [80, 81, 82, 83, 84, 85]])
 CORRUPT = torch.tensor([[70, 90, 72, 93, 74, 75], [80, 81, 95, 83, 84, 11]])
 ONE_MATRIX = ["GPT2LMHeadModel", "LlamaForCausalLM", "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "BloomForCausalLM"]
+ONE_MATRIX += ["HyperCLOVAXForCausalLM"]  # multiplies what it normed
 NORMED_TOGETHER = ["Olmo2ForCausalLM", "OlmoeForCausalLM", "MiniMaxM2ForCausalLM"]
 LATENT = ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MiniCPM3ForCausalLM"]
 NORMED_STREAM = ["BertLMHeadModel", "OpenAIGPTLMHeadModel", "BartForCausalLM"]
@@ -186,6 +188,32 @@ def test_all_edges_are_the_run_and_none_the_corrupt_one(name: str) -> None:
     for found, ids in ((runs.clean, CLEAN), (runs.corrupt, CORRUPT)):
         expected = value(of.model.trace(ids).logits).float()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [NORMED_TOGETHER[0], LATENT[0], NORMED_STREAM[1], GATED[1]])
+def test_rows_of_unequal_length_are_as_they_are_alone(name: str) -> None:
+    of = ready(name)
+    clean, corrupt = ([[70, 71, 72, 73, 74, 75], [80, 81, 82]], [[70, 90, 72, 93, 74, 75], [80, 95, 82]])
+    metric = of.model.metric("logit_diff: #11, #22")
+    keep = torch.rand(3, *of.wiring.real.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+
+    def found(rows: slice) -> tuple[Tensor, Tensor]:
+        pairs = Pairs.of(of.model.inputs(clean[rows]), of.model.inputs(corrupt[rows]), metric)
+        scores = edge_scores(of.model, pairs, of.wiring, of.fronts, [0.5, 1.0]).scores
+        return scores, CircuitRuns(of.model, pairs, of.wiring, of.fronts)(keep)
+
+    scores, values = found(slice(2))
+    alone = [found(slice(row, row + 1)) for row in range(2)]
+    torch.testing.assert_close(scores, (alone[0][0] + alone[1][0]) / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(values, torch.cat([each for _, each in alone], dim=1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_stream_that_the_model_changes_between_its_layers_is_refused() -> None:
+    built = tiny("IdeficsForVisionText2Text", "image-text-to-text")
+    model = Model(built.hf, name="idefics")
+    inputs = model.inputs(dict(built.inputs))
+    with pytest.raises(UnsupportedError, match="between layers 0 and 1 it computes something from the stream"):
+        read_fronts(model, inputs, Wiring.of_model(model, inputs))
 
 
 @contextmanager

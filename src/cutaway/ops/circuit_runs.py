@@ -102,8 +102,8 @@ class _Pass:
         self.total: Tensor | None = None
         self.z: Tensor | None = None
         self.spliced: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self.made: dict[str, Tensor] = {}
-        self.gated: Tensor | None = None  # what each head's gate reads [circuit, head, pair, pos, d]
+        self.made: dict[str, dict[int, Tensor]] = {}  # [row, pos, d] queries, keys or values of some heads, by side
+        self.gates: list[tuple[int, Tensor]] = []  # (head, what its gate reads)
         self.call: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
     def run(self) -> Tensor:
@@ -169,17 +169,21 @@ class _Pass:
             self._keep(0, x[None])
         front, block = self.fronts[i], self.wiring.block(i)
         self.x = x
-        self.spliced, self.made, self.gated = {}, {}, None
+        self.spliced, self.made, self.gates = {}, {}, []
         if not bool(self.left_out[:, :, block.start : block.stop].any()):
             return x
         read = self._read(x, block).to(x.dtype)
         if front.matrices:
             normed = front.attention.run(self.model, read.flatten(0, 2)).float().view(read.shape)
-        self.gated = read[:, : self.wiring.heads[i]] if front.gate else None
+        if front.gate:
+            self.gates = self._apart(read, block, self.wiring.side(i, "q"))
         for name, side in front.sides.items():
             at = self.wiring.side(i, name)
             if side is None:
-                self.made[name] = self._ask(i, name, read[:, at.start - block.start : at.stop - block.start])
+                self.made[name] = {
+                    h: self.model.until_attention(i, *self.call, own)[name][:, :, h]
+                    for h, own in self._apart(read, block, at)
+                }
                 continue
             rows, bias = side.rows(self.model)
             own = normed[:, at.start - block.start : at.stop - block.start].transpose(0, 1).flatten(1, 3)
@@ -188,33 +192,24 @@ class _Pass:
             self.spliced.setdefault(side.path, []).append((side.columns.flatten(), made.transpose(0, 1).flatten(1)))
         return x
 
-    def _ask(self, i: int, side: str, read: Tensor) -> Tensor:
-        """[row, pos, head, d] queries, keys or values that the layer makes where each head reads ``read``
-        [circuit, head, pair, pos, d]."""
-        args, kwargs = self.call
-        own = [
-            self.model.until_attention(i, args, kwargs, x.flatten(0, 1))[side][:, :, h]
-            for h, x in enumerate(read.unbind(1))
-        ]
-        return torch.stack(own, dim=2)
+    def _apart(self, read: Tensor, block: range, receivers: range) -> list[tuple[int, Tensor]]:
+        """(head, [row, pos, d] what it reads) of those of the receivers that do not read the stream as it is."""
+        out = self.left_out[:, :, receivers.start : receivers.stop].flatten(0, 1).any(0)
+        first = receivers.start - block.start
+        return [(h, read[:, first + h].flatten(0, 1)) for h in out.nonzero().flatten().tolist()]
 
     def _put(self, x: Tensor, where: Where) -> Tensor:
-        return self.made.get(where.site.kind[-1], x)
+        return _with(x, self.made.get(where.site.kind[-1], {}))
 
     def _gate(self, i: int) -> Any:
         """A hook in front of the output matrix of gated heads: each gate has read what its head's query reads."""
 
         def hook(_: Any, given: tuple[Tensor, ...]) -> Any:
-            if self.z is None:
+            if (z := self.z) is None:
                 return None
-            made = given[0].reshape(self.z.shape)
-            if self.gated is not None:
-                args, kwargs = self.call
-                reads = [x.flatten(0, 1) for x in self.gated.unbind(1)]
-                own = [self.model.behind_attention(i, args, kwargs, x, self.z)[:, :, h] for h, x in enumerate(reads)]
-                made = torch.stack(own, dim=2)
-            self.z = made
-            return made.reshape(given[0].shape), *given[1:]
+            own = {h: self.model.behind_attention(i, *self.call, x, z)[:, :, h] for h, x in self.gates}
+            self.z = _with(given[0].reshape(z.shape), own)
+            return self.z.reshape(given[0].shape), *given[1:]
 
         return hook
 
@@ -287,6 +282,16 @@ class _Pass:
         self._keep(self.wiring.first(i) + self.wiring.heads[i], out[None])
         self.total = self.x + out
         return out
+
+
+def _with(x: Tensor, own: dict[int, Tensor]) -> Tensor:
+    """``x`` [row, pos, head, d] with some heads replaced."""
+    if not own:
+        return x
+    new = x.clone()
+    for h, made in own.items():
+        new[:, :, h] = made
+    return new
 
 
 def plain_values(runs: CircuitRuns) -> Tensor:
