@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
-from cutaway.core.errors import CutawayError, MethodError, ParameterError, nearest
+from cutaway.core.errors import CutawayError, MethodError, ParameterError, UnsupportedError, nearest
 from cutaway.core.forms.base import Form, ModelLike
 from cutaway.core.params import form_of, without_none
 from cutaway.core.proof import Provenance
@@ -190,13 +190,25 @@ class Method:
             raise ParameterError(f"method {self.name!r}", found, "give a model: cutaway.load(...) or Model(module)")
 
     def run(self, model: ModelLike, *args: Any, **given: Any) -> Result:
-        """The method's result with its provenance."""
+        """The method's result with its provenance.
+
+        Raises:
+            UnsupportedError: a model whose weights are spread over devices, where the method needs them together.
+        """
         self.check_model(model)
         bound = self.bind(args, given)
         values = {name: self.parameters[name].value(value, model, self.name) for name, value in bound.items()}
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         started = time.perf_counter()
-        result = self.function(model, **values)
+        try:
+            result = self.function(model, **values)
+        except RuntimeError as error:
+            if len(model.devices) == 1 or isinstance(error, CutawayError):
+                raise
+            lie = f"its weights lie on {', '.join(map(str, model.devices))}, and this needs them together"
+            raise UnsupportedError(
+                f"{self.name} of {model.name}", f"{lie}: {error}", "load it on one device"
+            ) from error
         seconds = time.perf_counter() - started
         if not isinstance(result, self.kind):
             raise MethodError(f"method {self.name!r}", f"it returned {result!r}", f"return a {self.kind.__name__}")

@@ -42,7 +42,7 @@ class Replayed:
     """What a sweep gave.
 
     Attributes:
-        values: [run] the metric of each run. base: the metric of the run without interventions.
+        values: [run] the metric of each run. base: [] that of the run without interventions. Both on the CPU.
         how: "replay", or "plain: " and the reason.
         peak_estimate: bytes that the sweep needs at most beside the model.
     """
@@ -139,9 +139,8 @@ def _plain(
     base = logits(())
     values = [metric(logits(items), inputs)[0] for items in _bar(runs, len(runs), "runs", progress)]
     size = 2 * base.numel() * base.element_size()
-    return Replayed(
-        torch.stack(values) if values else base.new_empty(0), metric(base, inputs)[0], f"plain: {reason}", size
-    )
+    found = torch.stack(values) if values else base.new_empty(0)
+    return Replayed(found.cpu(), metric(base, inputs)[0].cpu(), f"plain: {reason}", size)
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _replayed(sweep: _Sweep, n: int, progress: bool) -> Replayed:
 
     for _ in _bar(steps(), len(sweep.walks) * len(sweep.base.layers), f"replay ({sweep.peak >> 20} MiB)", progress):
         pass
-    return Replayed(values, base, "replay", sweep.peak)
+    return Replayed(values.cpu(), base.cpu(), "replay", sweep.peak)
 
 
 def _bar(items: Iterable[T], total: int, what: str, progress: bool) -> Iterable[T]:

@@ -68,6 +68,11 @@ class Model:
         return next((p.device for p in embeddings.parameters()), next(self.hf.parameters()).device)
 
     @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where its weights are; several when its layers are spread."""
+        return tuple(dict.fromkeys(p.device for p in self.hf.parameters()))
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of its weights."""
         return next(p.dtype for p in self.hf.parameters() if p.is_floating_point())
@@ -133,7 +138,7 @@ class Model:
             with asleep(self.hf), images_explained(sample):
                 if self._may_take_cache and not self._takes_cache:
                     self._takes_cache, self._may_take_cache = spares_cache(self, sample), False
-                with random_numbers_kept(self.device):
+                with random_numbers_kept(self.devices):
                     self._anatomy, self._saw_image = probe(self.hf, self._kwargs(sample)), image
                 check_watched(self, sample)
         except BaseException:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +23,7 @@ from cutaway.models.experts import (
 )
 from cutaway.models.plan import Attention, Layer
 from cutaway.models.recorder import OpKey, op_name, operand_rank
+from cutaway.models.selfcheck import random_numbers_kept
 
 if TYPE_CHECKING:
     from cutaway.models.watch import Place, Watch
@@ -247,4 +247,4 @@ def _same_draws(module: nn.Module | None, like: Tensor) -> AbstractContextManage
     """Around a second computation: its dropout draws leave no mark on the random numbers that follow."""
     if module is not None and not module.training:
         return nullcontext()
-    return torch.random.fork_rng([like.device] if like.is_cuda else [])
+    return random_numbers_kept([like.device])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,21 +17,23 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """What runs inside draws from a copy of the random state, so that a model in training is none the wiser."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+def random_numbers_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """What runs inside draws from copies of the random states, so that a model in training is none the wiser."""
+    # the CPU's state always is; torch can fork that of other devices but MPS
+    numbered = [device for device in devices if device.type not in ("cpu", "mps")]
+    with torch.random.fork_rng(numbered, device_type=numbered[0].type if numbered else "cuda"):
         yield
 
 
 def spares_cache(model: Model, sample: Inputs) -> bool:
     """Whether ``use_cache=False`` passes through the model's other keywords, builds no cache and changes no logit."""
     given = sample.kwargs(model.device)
-    with random_numbers_kept(model.device), torch.no_grad():
+    with random_numbers_kept(model.devices), torch.no_grad():
         plain = model.hf(**given)
     if getattr(plain, "past_key_values", None) is None:
         return False
     try:
-        with random_numbers_kept(model.device), torch.no_grad():
+        with random_numbers_kept(model.devices), torch.no_grad():
             spared = model.hf(**given, use_cache=False)
     except (TypeError, ValueError):
         return False
@@ -41,7 +43,7 @@ def spares_cache(model: Model, sample: Inputs) -> bool:
 
 def check_watched(model: Model, sample: Inputs) -> None:
     """Raises when watching changes the logits (UnsupportedError), or they are not finite (WeightsError)."""
-    with random_numbers_kept(model.device):
+    with random_numbers_kept(model.devices):
         plain = model(sample)
     _finite(model, plain, sample)
     wants = []
@@ -49,7 +51,7 @@ def check_watched(model: Model, sample: Inputs) -> None:
         kinds = {k for layer in layers for k in (*layer.read, "attn.z", "attn.q") if layer.has(k)}
         if not scope or sample.extra:
             wants += [f"{scope}/L*.{k}" if scope else f"L*.{k}" for k in sorted(kinds)]
-    with random_numbers_kept(model.device):
+    with random_numbers_kept(model.devices):
         watched = model.trace(sample, want=wants).logits
     if watched is None or not bool(((watched == plain) | (watched.isnan() & plain.isnan())).all()):
         worst = float("nan") if watched is None else float((watched - plain).abs().max())

@@ -20,6 +20,7 @@ class StubModel:
 
     dtype = torch.float32
     device = torch.device("cpu")
+    devices = (device,)
     n_layers = 4
 
     def __init__(self, name: str = "stub", digest: str = "d0") -> None:

@@ -163,7 +163,7 @@ def _root(model: Model, rows: list[Inputs], answers: list[int]) -> tuple[list[In
     drops = torch.zeros(len(sites), dtype=torch.float64)
     for row, answer in zip(rows, answers, strict=True):
         swept = replay(model, row, [Zero(site) for site in sites], Metric("logprob", (answer,)))
-        drops += (swept.base - swept.values).double().cpu() / len(rows)
+        drops += (swept.base - swept.values).double() / len(rows)
     order = drops.argsort(descending=True).tolist()
     first = ", ".join(f"{sites[i]} {float(drops[i]):.3g}" for i in order[:5])
     return [Zero(sites[order[0]])], f"drops in log p without each of {len(sites)} heads, the largest: {first}"

@@ -136,8 +136,8 @@ def _sweep(model: Model, asked: list[Labelled], units: list[Unit]) -> _Sweep:
     for prompt in asked:
         runs = [Zero(str(unit)) for unit in units]
         found = replay(model, prompt.inputs, runs, Metric("logit_diff", (prompt.gold, prompt.rival)))
-        base.append(found.base.float().cpu())
-        drop.append((found.base - found.values).float().cpu())
+        base.append(found.base.float())
+        drop.append((found.base - found.values).float())
     return _Sweep(torch.stack(base), torch.stack(drop))
 
 

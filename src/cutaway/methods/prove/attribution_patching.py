@@ -202,7 +202,7 @@ class _Swept:
             some = [self.cells[i].flat[cell] for cell in cells.tolist()]
             sweep = self.cells[i].patches(self._seen[i].gives, pair.giver, some)
             found.append(replay(self.model, pair.prompt, sweep, pair.metric, budget=budget))
-        changes = torch.stack([(one.values - one.base).double().cpu() for one in found])
+        changes = torch.stack([(one.values - one.base).double() for one in found])
         return changes.mean(0), " or ".join(dict.fromkeys(one.how for one in found))
 
     def patched(self, sets: Sequence[Sequence[int]]) -> Tensor:

@@ -285,7 +285,7 @@ class _Trace:
             self.how = f"rows of a batch: {error.found}"
             runs = [[noise, *some] for some in restored for noise in self.noises]
             found = run_together(self.model, self.inputs, runs, self.metric, "restored")
-        return found.float().cpu().view(len(sets), -1)
+        return found.float().view(len(sets), -1)
 
     def plainly(self, cell: Site) -> float:
         """The metric with the first noise and one cell restored, in a whole forward pass."""

@@ -153,7 +153,7 @@ def _exact(runs: CircuitRuns, wiring: Wiring, chosen: np.ndarray) -> np.ndarray:
     """[edge] the change of the metric when each of these edges alone carries the corrupt run."""
     whole = torch.as_tensor(wiring.real)
     values = runs(torch.stack([whole & ~mask(wiring, np.array([e])) for e in chosen]))
-    return np.asarray((values - runs.clean.cpu()).mean(1).double().numpy())
+    return np.asarray((values - runs.clean).mean(1).double().numpy())
 
 
 def _agreement(scores: np.ndarray, exact: np.ndarray) -> str:
@@ -174,7 +174,7 @@ def _proof(runs: CircuitRuns, wiring: Wiring, order: np.ndarray, draws: int, see
     sets = [order[:k] for k in ks] + [drawer.draw(order[:k], others=True) for _ in range(draws) for k in ks]
     whole = torch.as_tensor(wiring.real)
     values = runs(torch.stack([whole & ~mask(wiring, some) for some in sets])).double()
-    base, gone = runs.clean.double().cpu(), runs.corrupt.double().cpu()
+    base, gone = runs.clean.double(), runs.corrupt.double()
     drop = (base - values).mean(1) * (1.0 if float((base - gone).mean()) >= 0 else -1.0)
     return Proof(
         ablated="corrupting the strongest edges",

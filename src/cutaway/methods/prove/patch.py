@@ -91,7 +91,7 @@ def patch(
         given.append(pair.scored(source.logits, pair.giver))
         patches = cells[i].patches(source, pair.giver)
         swept.append(replay(model, pair.prompt, patches, pair.metric, budget=budget))
-    values = torch.stack([each.values.float().cpu() for each in swept])
+    values = torch.stack([each.values.float() for each in swept])
     unit, measure = pairs[0].metric.unit, called(pair.metric for pair in pairs)
     ends = Ends.of([(float(each.base), end) for each, end in zip(swept, given, strict=True)], measure, unit)
     changes = torch.stack([row - base for row, base in zip(values, ends.base, strict=True)])

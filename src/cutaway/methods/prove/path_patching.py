@@ -199,7 +199,7 @@ def _effects(
     found = replay(model, exchange.prompt, [runs[i] for i in live], exchange.metric, budget=budget, base=paths.base)
     base = float(found.base)
     values = torch.full((len(runs),), float("nan"), dtype=torch.float64)
-    values[live] = found.values.double().cpu() - base
+    values[live] = found.values.double() - base
     return _Effects(values.view(len(sets), -1), base, paths.given, f"receivers by {paths.how}; then {found.how}")
 
 
