@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tests.pretend  # noqa: F401  a device has to be there before the first backward pass of a process
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
