@@ -46,6 +46,7 @@ class Inputs:
         extra: what else the model's forward takes (pixel_values, ...), passed as it is.
         grids: one PatchGrid per image (or tile) whose positions are known.
         images: the images as given (PIL), for pictures; may be empty.
+        side: "decoder_" where the tokens are what a decoder reads, beside an encoder whose inputs are in ``extra``.
     """
 
     ids: Tensor
@@ -55,6 +56,7 @@ class Inputs:
     extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     grids: tuple[PatchGrid, ...] = ()
     images: tuple[Any, ...] = ()
+    side: str = ""
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.mask.shape != self.ids.shape:
@@ -83,8 +85,9 @@ class Inputs:
 
     @property
     def has_images(self) -> bool:
-        """Whether pixels, or features of an image, go in with the tokens."""
-        return any(isinstance(v, Tensor) and v.is_floating_point() for v in self.extra.values())
+        """Whether pixels, or features of an image (or of whatever else a model reads), go in with the tokens."""
+        given = [v for v in self.extra.values() if isinstance(v, Tensor)]
+        return any(v.is_floating_point() or not self._per_token(v) for v in given)
 
     @property
     def padded(self) -> bool:
@@ -204,7 +207,10 @@ class Inputs:
     def kwargs(self, device: torch.device) -> dict[str, Any]:
         """What the model's forward is called with, on ``device``."""
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.extra.items()}
-        return {"input_ids": self.ids.to(device), "attention_mask": self.mask.to(device), **moved}
+        own = {f"{self.side}input_ids": self.ids.to(device)}
+        if not self.side or self.padded:  # not every decoder takes a mask
+            own[f"{self.side}attention_mask"] = self.mask.to(device)
+        return {**own, **moved}
 
     @property
     def digest(self) -> str:

@@ -45,7 +45,7 @@ KINDS: dict[str, Kind] = {
     ),
     "attn.pattern": Kind(("batch", "head", "query_pos", "key_pos"), "head", True, "softmax(scores)"),
     "attn.z": Kind(("batch", "pos", "head", "d_value"), "head", True, "pattern @ v"),
-    "attn.out": Kind(RESID, None, True, "what attention adds to the residual stream"),
+    "attn.out": Kind(RESID, None, True, "what attention (or a mixer in its place) adds to the residual stream"),
     "resid_mid": Kind(RESID, None, True, "resid_pre + attn.out"),
     "mlp.in": Kind(RESID, None, True, "input of the MLP (after its norm)"),
     "mlp.act": Kind(("batch", "pos", "neuron"), "neuron", True, "input of the MLP's output matrix"),

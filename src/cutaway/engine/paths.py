@@ -87,6 +87,10 @@ class Paths:
         missing = next((s for s in senders if s.kind == "mlp.out" and not self.layers[s.layer].has("mlp.out")), None)
         if missing is not None:
             raise UnsupportedError(f"sender '{missing}'", self.layers[missing.layer].refused["mlp.out"], "")
+        moving = next((layer for layer in self.layers if layer.between), None)
+        if moving is not None:
+            found = f"{moving.between} adds to the stream between the layers, and is no part of any"
+            raise UnsupportedError(f"paths through {model.name}", found, "patch sites instead")
         self.last = max(len(self.layers) if r.kind == FINAL else r.layer for r in receivers)
         kinds = {whole_of(s) for s in senders}
         self.gives = gives or observe(model, exchange.giver, kinds)
@@ -101,6 +105,7 @@ class Paths:
                 self._reducer = Reducer(self.base)
                 for sender in senders:
                     self._delta((sender,), len(self.layers), True)
+                self._tried(self.base)
             except (CannotReplayError, UnsupportedError) as error:
                 self.how, self.base = f"rows: {error}", None
 
@@ -150,6 +155,16 @@ class Paths:
             if not close(torch.stack([call.pre, *parts]).sum(0), call.post):
                 raise CannotReplayError(f"layer {i} does more to the residual stream than add to it")
         return base
+
+    def _tried(self, base: Base) -> None:
+        """Two equal streams, side by side, must give each receiver the same; behind an indexer they do not."""
+        for layer in {r.layer for r in self.receivers if r.kind in HEADS}:
+            try:
+                made = attention_inputs(base, layer, base.layers[layer].pre[None].repeat(2, 1, 1))
+            except RuntimeError as error:
+                raise CannotReplayError(f"layer {layer} takes whole prompts alone: {error}") from error
+            if not all(close(x[0], x[1]) for x in made.values()):
+                raise CannotReplayError(f"layer {layer} does not treat each row alone before it attends")
 
     def _replayed(self) -> list[Site]:
         """What replaying changes of the receivers needs of the base run; nothing where that is not possible."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class Readout:
     @property
     def vocabulary(self) -> int:
         """Tokens that the head scores."""
-        return int(self.model.hf.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        head: Any = self.model.hf.get_output_embeddings()  # type: ignore[operator]
+        return self.model.encoder.vocabulary_size if head is None else int(head.weight.shape[0])
 
     @property
     def few(self) -> bool:

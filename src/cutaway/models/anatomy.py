@@ -1,11 +1,13 @@
 """Read a layer's plan off its recorded graph.
 
-An addend of the trunk that depends on an attention call is attention's, the others are the MLP's. The matrices that
-write neurons and heads are the linear modules behind those addends. Whatever does not fit is refused with the reason,
-never guessed.
+An addend of the trunk that depends on an attention call is attention's, and so is what mixes positions in its place or
+beside it: a convolution, linear attention, a state space. The others are the MLP's. The matrices that write neurons and
+heads are the linear modules behind those addends. Whatever does not fit is refused with the reason, never guessed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import nn
 
@@ -102,14 +104,14 @@ def read_layer(graph: LayerGraph) -> Layer:
         intakes=intakes,
         activation=activation,
         no_intake=no_intake,
+        terms=len(parts),
     )
 
 
-def idle_layer(path: str) -> Layer:
-    """The plan of a layer that did not run: everything is refused."""
+def refused_layer(path: str, why: str) -> Layer:
+    """The plan of a layer that is not understood as a whole: everything is refused."""
     kinds = [kind for kind, about in KINDS.items() if about.layered]
-    why = f"{path} did not run in the pass that the anatomy was read from"
-    return Layer(path, {}, {}, None, "", "", "", {}, False, 0, 0, 0, 0, dict.fromkeys(kinds, why))
+    return Layer(path, {}, {}, None, "", "", "", {}, False, 0, 0, 0, 0, dict.fromkeys(kinds, f"{path}: {why}"))
 
 
 def _behind(graph: LayerGraph, parts: list[tuple[str, Node, Addend]]) -> str:
@@ -152,12 +154,20 @@ def _intakes(
 
 
 def _parts(graph: LayerGraph, addends: list[Addend], calls: list[AttentionCall]) -> list[tuple[str, Node, Addend]]:
+    """Every term that is added to the trunk, as "attn" or "mlp"."""
     stops = {id(graph.start)} | {id(a.total) for a in addends} | {id(a.state) for a in addends}
-    return [
-        ("attn" if graph.depends(term, calls, stops) else "mlp", term, addend)
-        for addend in addends
-        for term in graph.terms(addend.node, calls, stops)
-    ]
+
+    def split(attends: Callable[[Node], bool]) -> list[tuple[str, Node, Addend]]:
+        return [
+            ("attn" if attends(term) else "mlp", term, addend)
+            for addend in addends
+            for term in graph.terms(addend.node, attends)
+        ]
+
+    found = split(lambda term: graph.depends(term, calls, stops))
+    if sum(kind == "mlp" for kind, _, _ in found) <= bool(calls):
+        return found  # attention was seen, and there is one MLP at most
+    return split(lambda term: graph.depends(term, calls, stops) or graph.mixes(term))
 
 
 def _parallel(graph: LayerGraph, parts: list[tuple[str, Node, Addend]]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from cutaway.core.errors import ImageError, InputError, TokenError
 from cutaway.core.inputs import Inputs
-from cutaway.models.upstream import reason
+from cutaway.models.upstream import input_embeddings, reason
 
 
 class Encoder:
@@ -30,7 +31,7 @@ class Encoder:
     @cached_property
     def vocabulary_size(self) -> int:
         """Rows of the token embedding."""
-        weight = getattr(self.hf.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+        weight = getattr(input_embeddings(self.hf), "weight", None)
         return int(weight.shape[0]) if weight is not None else int(self.text_config.vocab_size)
 
     def token(self, text: str | int) -> int:
@@ -229,8 +230,6 @@ class Encoder:
             written = repr(self.placeholder) if self.placeholder else "its token"
             hint = f"write {written} where it belongs"
             raise ImageError("an image", "the prompt has no place for it", hint)
-        from dataclasses import replace
-
         from cutaway.models.patches import patch_grids
 
         return replace(inputs, grids=patch_grids(inputs, self.config, self.processor))
@@ -274,7 +273,8 @@ class Encoder:
         return f"{self.placeholder * n}{prompt}"
 
     def _from_features(self, features: dict[str, Any], images: Sequence[Any]) -> Inputs:
-        if "input_ids" not in features:
+        side = "decoder_" if "decoder_input_ids" in features else ""
+        if f"{side}input_ids" not in features:
             raise InputError("inputs", f"a mapping with {sorted(features)}", "it must hold input_ids")
         features.pop("labels", None)  # PaliGemma's processor adds them; they would only ask for a loss
         try:
@@ -282,11 +282,11 @@ class Encoder:
         except (ValueError, TypeError) as error:
             found = f"rows of unequal length ({reason(error)})"
             raise InputError("inputs", found, "pad them, or give a list of texts") from error
-        ids = torch.as_tensor(features.pop("input_ids"))
+        ids = torch.as_tensor(features.pop(f"{side}input_ids"))
         ids = ids[None] if ids.ndim == 1 else ids
         if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
             raise InputError("input_ids", f"got {list(ids.shape)} of {ids.dtype}", "give integers, [batch, pos]")
-        mask = torch.as_tensor(features.pop("attention_mask", torch.ones_like(ids)))
+        mask = torch.as_tensor(features.pop(f"{side}attention_mask", torch.ones_like(ids)))
         mask = mask[None] if mask.ndim == 1 else mask
         if mask.shape != ids.shape:
             found = f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)}"
@@ -295,7 +295,7 @@ class Encoder:
         if low < 0 or high >= self.vocabulary_size:
             self.token(low if low < 0 else high)
         self._fits(ids.shape[1])
-        return self._named(ids, mask, features, images)
+        return replace(self._named(ids, mask, features, images), side=side)
 
     def sample(self) -> Inputs:
         """A few tokens, enough to run the model once; as many as no model has heads, so that axes are told apart."""

@@ -6,14 +6,15 @@ the matrices that write neurons and heads are the linear modules behind the adde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from cutaway.models.plan import Attention, Tap
-from cutaway.models.recorder import AttentionCall, Frame, Node
+from cutaway.models.recorder import AttentionCall, Frame, Node, tensors
 
 Slot = TypeVar("Slot")
 ADD = {"add", "__add__", "__radd__", "__iadd__", "add_"}
@@ -47,6 +48,7 @@ MOVE = SAME | {
     "unbind",
     "narrow",
 }
+HEARS = 0.02  # how far a term must move, of its size, when the position before is another; rounding moves it less
 PRODUCTS = {"matmul", "bmm", "einsum", "__matmul__", "baddbmm"}
 
 
@@ -118,13 +120,19 @@ class LayerGraph:
         name = type(self.root.get_submodule(path)).__name__.lower()
         return path in self.frames and bool(self.frames[path].inputs) and ("norm" in name or name.endswith("ln"))
 
-    def terms(self, node: Node, calls: list[AttentionCall], stops: set[int]) -> list[Node]:
+    def terms(self, node: Node, attends: Callable[[Node], bool]) -> list[Node]:
         """The parts of one addend: attention's and the MLP's are told apart when both were added up first."""
-        if node.op in ADD and len(node.inputs) == 2:
-            mixes = [self.depends(part, calls, stops) for part in node.inputs]
-            if mixes[0] != mixes[1] and all(part.op != "leaf" for part in node.inputs):
-                return [t for part in node.inputs for t in self.terms(part, calls, stops)]
+        if node.op in ADD and len(node.inputs) == 2 and not any(self._constant(part) for part in node.inputs):
+            first, second = (attends(part) for part in node.inputs)
+            if first != second:
+                return [t for part in node.inputs for t in self.terms(part, attends)]
         return [node]
+
+    def _constant(self, node: Node) -> bool:
+        """Whether ``node`` is nothing but a parameter or a buffer, such as a bias that is added by itself."""
+        while node.op in MOVE | {"expand_as"} and node.inputs:
+            node = node.inputs[0]
+        return node.op == "leaf" and node is not self.start
 
     def depends(self, node: Node, calls: list[AttentionCall], stops: set[int]) -> bool:
         """Whether ``node`` was made from an attention result without passing through the trunk."""
@@ -196,6 +204,8 @@ class LayerGraph:
             z = (self.batch, z[0] // self.batch, *z[1:]) if len(z) == 3 else z
         if len(q) != 4 or len(z) != 4 or q[0] != self.batch:
             return f"its attention runs on query blocks of shape {list(q)}, which are not [batch, head, pos, d_head]"
+        if len(calls) > 1 and q[2] == self.start.shape[-2]:  # a vision tower calls it once per part of the positions
+            return f"its attention is called {len(calls)} times on all {q[2]} positions"
         heads_first = z[1] == q[1] and z[2] == q[2]
         if call.how == "interface" and z[1] == q[2] and z[2] == q[1]:
             heads_first = False
@@ -220,10 +230,14 @@ class LayerGraph:
 
     def writer(self, node: Node) -> str:
         """Path of the matrix whose output, perhaps normed or scaled, ``node`` is; "" when it is not one matrix."""
+        return self._behind(node, self.linear)
+
+    def _behind(self, node: Node, wanted: Callable[[str], bool]) -> str:
+        """Path of the ``wanted`` module whose output, perhaps normed or scaled, ``node`` is; "" when there is none."""
         while True:
-            matrix = next((p for p, _ in node.output_of if self.linear(p)), "")
-            if matrix:
-                return matrix
+            found = next((p for p, _ in node.output_of if wanted(p)), "")
+            if found:
+                return found
             norm = next((p for p, _ in node.output_of if self.is_norm(p)), "")
             if norm:
                 node = self.frames[norm].inputs[0][1]
@@ -242,6 +256,40 @@ class LayerGraph:
             if norm or node.op not in SAME | MUL or len(moving) != 1:
                 return norm
             node = moving[0]
+
+    def mixes(self, term: Node) -> bool:
+        """Whether a term at one position hears of the position before, measured on the module that makes it.
+
+        Convolutions, linear attention and state spaces do; what is made by no module of its own is taken not to.
+        """
+        path = self._behind(term, self._works_alone)
+        if not path:
+            return False
+        module, frame = self.root.get_submodule(path), self.frames[path]
+        slot, node = next((s, n) for s, n in frame.inputs if n.tensor.is_floating_point())
+        changed = node.tensor.clone()
+        changed[:, -2] = changed[:, 0]
+        args, kwargs = list(frame.args), dict(frame.kwargs)
+        ends = []
+        for x in (node.tensor, changed):
+            if isinstance(slot, int):
+                args[slot] = x
+            else:
+                kwargs[slot] = x
+            with torch.random.fork_rng([x.device] if x.is_cuda else []):
+                torch.manual_seed(0)
+                ends.append(next(tensors(module(*args, **kwargs)))[:, -1].float())
+        return float((ends[1] - ends[0]).norm()) > HEARS * float(ends[0].norm())
+
+    def _works_alone(self, path: str) -> bool:
+        """Whether a module inside the layer makes more of several positions than a matrix or a norm does."""
+        frame = self.frames.get(path)
+        if frame is None or not path.startswith(self.frame.path + ".") or frame.runs != 1:
+            return False
+        if self.linear(path) or self.is_norm(path):
+            return False
+        streams = [n.shape for _, n in frame.inputs if n.tensor.is_floating_point()]
+        return bool(streams) and len(streams[0]) == 3 and streams[0][0] == self.batch and streams[0][1] > 2
 
     def head_writer(self, z: Node) -> str:
         """Path of the matrix that reads ``z``; "" when none does."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutaway.core.errors import CutawayError, ImageError, InputError, ModelError, SiteMissingError, UnsupportedError
+from cutaway.core.errors import InputError, ModelError, SiteMissingError, UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Intervention, parse_intervention
 from cutaway.core.metric import Metric
@@ -27,6 +27,7 @@ from cutaway.models.probe import probe
 from cutaway.models.region import Window, window_of_call
 from cutaway.models.selfcheck import check_watched, random_numbers_kept, spares_cache
 from cutaway.models.sites import site_of_module
+from cutaway.models.upstream import input_embeddings, inputs_explained
 from cutaway.models.watch import Done, Stop, Watch, asleep
 
 InterventionLike = Intervention | str
@@ -64,7 +65,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where its inputs go: the device of its token embedding."""
-        embeddings = self.hf.get_input_embeddings()  # type: ignore[operator]
+        embeddings = input_embeddings(self.hf) or self.hf
         return next((p.device for p in embeddings.parameters()), next(self.hf.parameters()).device)
 
     @property
@@ -135,7 +136,7 @@ class Model:
     def _read_anatomy(self, sample: Inputs, image: bool) -> None:
         known = self._anatomy, self._saw_image
         try:
-            with asleep(self.hf), images_explained(sample):
+            with asleep(self.hf), inputs_explained(sample):
                 if self._may_take_cache and not self._takes_cache:
                     self._takes_cache, self._may_take_cache = spares_cache(self, sample), False
                 with random_numbers_kept(self.devices):
@@ -185,13 +186,17 @@ class Model:
         return {**inputs.kwargs(self.device), **({"use_cache": False} if self._takes_cache else {})}
 
     def _forward(self, inputs: Inputs) -> Any:
-        with images_explained(inputs):
+        with inputs_explained(inputs):
             return self.hf(**self._kwargs(inputs)).logits
 
     def __call__(self, inputs: Any) -> Tensor:
-        """[batch, pos, vocab] logits of a plain forward pass."""
+        """[batch, pos, vocab] logits of a plain forward pass; UnsupportedError when positions are not the prompt's."""
+        batch = self.inputs(inputs)
         with torch.no_grad():
-            logits: Tensor = self._forward(self.inputs(inputs))
+            logits: Tensor = self._forward(batch)
+        if logits.shape[:2] != batch.ids.shape:
+            found = f"its logits {list(logits.shape)} do not stand for the positions {list(batch.ids.shape)}"
+            raise UnsupportedError(f"what {self.name} says of a prompt", found, "")
         return logits
 
     def trace(
@@ -373,19 +378,6 @@ class Model:
             for step in anatomy.tail:
                 x = step.run(self.hf, x)
         return x.reshape(*resid.shape[:-1], x.shape[-1])
-
-
-@contextmanager
-def images_explained(inputs: Inputs) -> Iterator[None]:
-    """A model's own complaint about its images becomes an ImageError that names their sizes."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        if not inputs.images or isinstance(error, CutawayError):
-            raise
-        sizes = ", ".join(f"{image.width}x{image.height}" for image in inputs.images)
-        found = f"the model refused them: {str(error).splitlines()[0].rstrip('.')}"
-        raise ImageError(f"image of {sizes} pixels", found, "resize it to what the model takes") from error
 
 
 def weights_digest(name: str, weights: Mapping[str, Tensor]) -> str:

@@ -102,6 +102,7 @@ class Layer:
         gated: heads are multiplied by something else that the layer computes before w_o reads them.
         norms: module path of the norm applied to the sum (post-norm layers), per "attn" / "mlp".
         behind: module path of the norm that what the part adds comes out of, perhaps multiplied, per "attn" / "mlp".
+        terms: how many terms it adds to the stream; more than it has of attn.out and mlp.out where some are not told.
         parallel: attention and MLP read the same state, so there is no resid_mid.
         d_model, d_mlp, n_experts, d_expert: sizes; 0 where there is none.
         refused: reason per site kind.
@@ -109,6 +110,8 @@ class Layer:
             the module that holds those of its "experts".
         activation: steps from the gate's pre-activation, or that of an MLP without gate, to its activation.
         no_intake: reason per "v" / "mlp".
+        inserted: the model adds something between the layer before and this one, such as image features.
+        between: path of a module that makes that from the stream; "" where it is nothing of the kind.
     """
 
     path: str
@@ -130,6 +133,9 @@ class Layer:
     behind: Mapping[str, str] = field(default_factory=dict)
     gated: bool = False
     no_intake: Mapping[str, str] = field(default_factory=dict)
+    inserted: bool = False
+    between: str = ""
+    terms: int = 0
 
     def changes(self, kind: str) -> bool:
         """Whether ``attn.q`` or ``attn.k`` is here something else than its matrix's output."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cutaway.core.errors import UnsupportedError
-from cutaway.models.anatomy import idle_layer, read_layer
+from cutaway.models.anatomy import read_layer, refused_layer
 from cutaway.models.graph import MOVE, SAME, LayerGraph
 from cutaway.models.plan import Anatomy, Layer, Step, Tap
 from cutaway.models.recorder import Frame, Node, Recorder, tensors
+from cutaway.models.upstream import input_embeddings
 
 VISION = ("vision", "visual", "image", "vit", "pixel", "sam", "aligner")
 OTHER = ("audio", "speech", "qformer", "resampler", "perceiver", "protein", "talker", "depth", "action", "mtp", "nextn")
@@ -37,6 +40,12 @@ def _is(path: str, words: Sequence[str]) -> bool:
     return any(token.startswith(word) for token in _tokens(path) for word in words)
 
 
+def _encodes(path: str) -> bool:
+    """Whether a path lies in an encoder; ``decoder.bert.encoder.layer`` lies in a decoder."""
+    words = path.lower().replace("_", ".").split(".")
+    return next((word for word in words if word in ("encoder", "decoder")), "") == "encoder"
+
+
 def find_stacks(hf: nn.Module) -> dict[str, list[str]]:
     """Module paths of the layers of each scope: "" for the language model, "vision" for the vision tower.
 
@@ -48,7 +57,7 @@ def find_stacks(hf: nn.Module) -> dict[str, list[str]]:
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     text = {p: m for p, m in outer.items() if not _is(p, VISION) and not _is(p, OTHER)}
     if any("decoder" in _tokens(p) for p in text):
-        text = {p: m for p, m in text.items() if "encoder" not in _tokens(p)}
+        text = {p: m for p, m in text.items() if not _encodes(p)}
     vision = {p: m for p, m in outer.items() if _is(p, VISION) and not _is(p, OTHER)}
     if not text:
         raise UnsupportedError(f"the layers of {type(hf).__name__}", "it has no list of layers", "see docs/support")
@@ -74,17 +83,19 @@ class Probe:
         self.scope_of = {path: scope for scope, paths in self.stacks.items() for path in paths}
         self.layers: dict[str, Layer] = {}
         self.frames: dict[str, Frame] = {}
+        self.ran: Counter[str] = Counter()
         self.projector: Tap | None = None
         self.why_no_projector = "no image was given, or the model merges its features in a way that is not understood"
         self.last: Tensor | None = None
-        embeddings = hf.get_input_embeddings()  # type: ignore[operator]
+        embeddings = input_embeddings(hf)
         self.embed = next((p for p, m in hf.named_modules() if m is embeddings), "")
         self.embedded = False
         self.batch = 1
 
     def run(self, kwargs: Mapping[str, Any]) -> Anatomy:
         """The anatomy, from a forward pass on ``kwargs``."""
-        self.batch = next((t.shape[0] for t in tensors(kwargs.get("input_ids"))), 1)
+        prompt = kwargs.get("decoder_input_ids", kwargs.get("input_ids"))
+        self.batch = next((t.shape[0] for t in tensors(prompt)), 1)
         self.recorder = Recorder(self.hf, self._exit)
         with torch.no_grad(), self.recorder:
             out = self.hf(**kwargs)
@@ -110,7 +121,12 @@ class Probe:
             batch = self.batch if text else (1 if start.tensor.ndim == 2 else start.shape[0])
             graph = LayerGraph(self.hf, frame, inside, nodes, batch)
             with self.recorder.paused():
-                self.layers[frame.path] = read_layer(graph)
+                layer = read_layer(graph)
+                if text and frame.path != self.stacks[""][0] and self.last is not None:
+                    inserted = not _same(self.last, graph.start.tensor)
+                    layer = replace(layer, inserted=inserted, between=self._between(frame.path) if inserted else "")
+            self.layers[frame.path] = layer
+            self.ran[frame.path] += 1
             if text:
                 self.last = graph.end.tensor
         self.frames.clear()
@@ -181,11 +197,21 @@ class Probe:
     def _holds_layers(self, path: str) -> bool:
         return any(layer.startswith(path + ".") or path == "" for layer in self.scope_of)
 
+    def _between(self, path: str) -> str:
+        """The module, outside of all layers, that took in what the layer before gave."""
+        outside = [f for p, f in self.frames.items() if p != path and not p.startswith(path + ".") and f.inputs]
+        return next((f.path for f in reversed(outside) if any(n.tensor is self.last for _, n in f.inputs)), "")
+
+    def _layer(self, scope: str, path: str) -> Layer:
+        if not scope and self.ran[path] > 1:  # a vision tower may run once per image
+            return refused_layer(path, f"it runs {self.ran[path]} times in one pass: which is meant cannot be said")
+        return self.layers.get(path) or refused_layer(path, "it did not run in the pass that the anatomy was read from")
+
     def _anatomy(self, tail: tuple[Step, ...] | str) -> Anatomy:
         stacks: dict[str, tuple[Layer, ...]] = {}
         for scope, paths in self.stacks.items():
             if any(p in self.layers for p in paths):
-                stacks[scope] = tuple(self.layers.get(p) or idle_layer(p) for p in paths)
+                stacks[scope] = tuple(self._layer(scope, p) for p in paths)
             elif scope == "":
                 missing = paths[0]
                 raise UnsupportedError(
@@ -212,6 +238,10 @@ class Probe:
             refused["projector"] = self.why_no_projector if "vision" in self.stacks else "the model has no vision tower"
         unread = frozenset(self.stacks.keys() - stacks.keys())
         return Anatomy(stacks, taps, steps, refused, stacks[""][0].d_model, unread)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
 
 
 def _is_projector(path: str, stacks: Mapping[str, Sequence[str]]) -> bool:

@@ -67,7 +67,7 @@ class AttentionCall:
 
 @dataclass
 class Frame:
-    """One execution of one module: what came in, what went out."""
+    """One execution of one module: what came in and what went out, and all that it was called with."""
 
     path: str
     inputs: list[tuple[int | str, Node]]
@@ -75,6 +75,8 @@ class Frame:
     counts: Counter[tuple[str, int]] = field(default_factory=Counter)
     runs: int = 1
     calls: list[AttentionCall] = field(default_factory=list)
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -89,6 +91,11 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
+def remade(like: Any, items: Sequence[Any]) -> Any:
+    """A list, tuple or named tuple of the same type, of other items."""
+    return like._make(items) if hasattr(like, "_make") else type(like)(items)
+
+
 def op_name(func: Callable[..., Any]) -> str:
     """A short name of a torch function: 'add', 'softmax', '__iadd__'."""
     name = getattr(func, "__name__", None) or str(func)
@@ -100,6 +107,14 @@ def op_name(func: Callable[..., Any]) -> str:
 def operand_rank(args: Any, kwargs: Any) -> int:
     """The largest rank among the tensors of a call; known before the call is made."""
     return max((t.ndim for t in tensors([list(args), dict(kwargs)])), default=0)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Address of what a tensor is a view of; 0 inside torch.vmap, where there is none."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:
+        return 0
 
 
 def is_inplace(name: str) -> bool:
@@ -164,9 +179,9 @@ class Recorder(TorchFunctionMode):
             return
         inputs = tuple(self.node(t) for t in tensors([list(args), dict(kwargs)]))
         if is_inplace(name) and inputs:
-            storage = inputs[0].tensor.untyped_storage().data_ptr()
+            storage = _storage(inputs[0].tensor)
             for node in self._nodes.values():
-                if node.tensor.untyped_storage().data_ptr() == storage:
+                if storage and _storage(node.tensor) == storage:
                     node.overwritten = True
         elif any(t is n.tensor for t in made for n in inputs):
             return  # an identity, such as dropout outside training
@@ -202,7 +217,7 @@ class Recorder(TorchFunctionMode):
         path = self._paths[id(module)]
         found = [(i, self.node(a)) for i, a in enumerate(args) if isinstance(a, Tensor)]
         named = [(k, self.node(a)) for k, a in (kwargs or {}).items() if isinstance(a, Tensor)]
-        frame = Frame(path, [*found, *named])
+        frame = Frame(path, [*found, *named], args=tuple(args), kwargs=dict(kwargs or {}))
         for slot, node in frame.inputs:
             node.input_of.append((path, slot))
         self._stack.append(frame)

@@ -1,4 +1,4 @@
-"""What transformers and the hub's client say while they load: log lines, bars and errors, put into our words."""
+"""What transformers and the hub's client say while they load and run: log lines, bars, errors, put into our words."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from importlib import metadata
 
 import torch
+from torch import nn
 
-from cutaway.core.errors import CutawayError, LoadError, WeightsError
+from cutaway.core.errors import CutawayError, ImageError, InputError, LoadError, WeightsError
+from cutaway.core.inputs import Inputs
 
 
 def reason(error: BaseException) -> str:
@@ -51,6 +53,47 @@ def explained(asked: str) -> Iterator[None]:
             found = "its pickle file is damaged, or holds more than weights, and was not opened"
             raise WeightsError(asked, found, "save the weights as safetensors") from error
         raise LoadError(asked, f"transformers could not load it ({type(error).__name__}: {reason(error)})") from error
+
+
+@contextmanager
+def inputs_explained(inputs: Inputs) -> Iterator[None]:
+    """A model's own complaint about its inputs becomes an InputError; with images, one that names their sizes."""
+    try:
+        yield
+    except CutawayError:
+        raise
+    except TypeError as error:
+        named = re.search(r"missing \d+ required positional arguments?: (.+)", str(error))
+        if named is None or not _transformers_said(error):
+            raise
+        found = f"the model takes no prompt without {named[1]}"
+        raise InputError("the prompt", found, "give an image, or inputs that hold it") from error
+    except (ValueError, RuntimeError) as error:
+        if inputs.images:
+            sizes = ", ".join(f"{image.width}x{image.height}" for image in inputs.images)
+            hint = "resize it to what the model takes"
+            raise ImageError(f"image of {sizes} pixels", f"the model refused them: {reason(error)}", hint) from error
+        if isinstance(error, ValueError) and _transformers_said(error):
+            raise InputError("the prompt", f"the model refused it: {reason(error)}", "give what it asks for") from error
+        raise
+
+
+def _transformers_said(error: BaseException) -> bool:
+    """Whether an error was raised by code of transformers, or by calling it; not by what somebody hooked in."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = "" if last is None else str(last.tb_frame.f_globals.get("__name__", ""))
+    return where.startswith(("transformers", "torch.nn.modules"))
+
+
+def input_embeddings(hf: nn.Module) -> nn.Module | None:
+    """The token embedding that a model names; None where it names none."""
+    try:
+        found: nn.Module | None = hf.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return None
+    return found
 
 
 @contextmanager

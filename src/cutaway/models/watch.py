@@ -22,6 +22,7 @@ from cutaway.core.site import KINDS, Site
 from cutaway.models.attention import Change, same
 from cutaway.models.interface import ATTENTION, EXPERTS
 from cutaway.models.plan import Anatomy, Tap
+from cutaway.models.recorder import remade
 from cutaway.models.region import Region, Window, joined
 from cutaway.models.seers import ATTENTION_KINDS, AttentionSeer, ExpertsSeer, Owner
 
@@ -355,7 +356,7 @@ class Watch:
             new = do(places, x, tap.clone)
             if new is x:
                 return None
-            return type(out)([*out[:slot], new, *out[slot + 1 :]]) if isinstance(slot, int) else new
+            return remade(out, [*out[:slot], new, *out[slot + 1 :]]) if isinstance(slot, int) else new
 
         module = self.root.get_submodule(tap.module)
         # What we change must reach the hooks that are there already, transformers' capturing ones among them; what we

@@ -18,6 +18,7 @@ the proximity; there edges below a threshold are cut, here none is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from cutaway.core.errors import UnsupportedError
 from cutaway.core.inputs import Inputs
-from cutaway.ops.parts import Parts, take_apart
+from cutaway.ops.parts import Parts, refuse_other_keys, take_apart
 from cutaway.ops.readout import Head
 from cutaway.ops.watched import WatchedModel
 from cutaway.ops.writers import Writer, rows_of, writer
@@ -77,6 +78,7 @@ def flow(model: WatchedModel, inputs: Inputs, by: By) -> Flow:
             why = plan.refused.get("attn.pattern") or "its heads are not written by one matrix"
             raise UnsupportedError(f"what heads of layer {i} of {model.name} bring from each position", why, "")
     extra = [f"L{i}.{kind}" for i in attends for kind in ("attn.pattern", "attn.v")]
+    extra += [f"L{i}.attn.z" for i in attends if model.layers[i].gated]
     parts = take_apart(model, inputs, n, "layer", extra)
     centres = Head(model).norm.centres
     layers = [_layer(model, parts, i, by, centres) for i in range(len(parts.layers))]
@@ -97,9 +99,7 @@ def _layer(model: WatchedModel, parts: Parts, i: int, by: By, centres: bool) -> 
             y = y + layer.mlp[t]
         first = sum(len(a) for a in addends)
         if brings is not None and how is not None:
-            alpha, ov = brings
-            moved = alpha[:, t, :, None].transpose(0, 1) * ov  # [source, head, d]
-            addends.append(how.at(t)(moved[:, :, None])[:, :, 0].flatten(0, 1))
+            addends.append(how.at(t)(brings.moved(t)[:, :, None])[:, :, 0].flatten(0, 1))
         z = torch.cat(addends)
         share = _shares(z, y, by, centres)
         errors.append(float((z.sum(0) - y).abs().max() / y.abs().max()))
@@ -127,19 +127,43 @@ def _layer(model: WatchedModel, parts: Parts, i: int, by: By, centres: bool) -> 
     )
 
 
-def _brings(model: WatchedModel, parts: Parts, i: int) -> tuple[tuple[Tensor, Tensor] | None, Writer | None]:
-    """([head, pos, source] attention, [source, head, d] what each head would write from there), and the way on."""
+@dataclass(frozen=True)
+class _Brings:
+    """What the heads of a layer bring: attention [head, pos, source], values [source, head, channel], output matrix by
+    head [head, channel, d], and what is multiplied with at the position they bring it to, [pos, head, channel]."""
+
+    alpha: Tensor
+    v: Tensor
+    rows: Tensor
+    gate: Tensor | None
+
+    @cached_property
+    def _written(self) -> Tensor:
+        return torch.einsum("shc,hcd->shd", self.v, self.rows)
+
+    def moved(self, t: int) -> Tensor:
+        """[source, head, d] to one position."""
+        if self.gate is None:
+            return self.alpha[:, t, :, None].transpose(0, 1) * self._written
+        return torch.einsum("hs,shc,hcd->shd", self.alpha[:, t], self.v, self.rows * self.gate[t][:, :, None])
+
+
+def _brings(model: WatchedModel, parts: Parts, i: int) -> tuple[_Brings | None, Writer | None]:
+    """What heads bring from where to where, and the way on."""
     layer, plan = parts.layers[i], model.layers[i]
     if layer.attn is None or parts.trace is None:
         return None, None
     at = {site.kind: x[0].float() for site, x in parts.trace.items() if site.layer == i and site.kind[:5] == "attn."}
     alpha, v = at["attn.pattern"], at["attn.v"]
+    refuse_other_keys(i, v.shape[0], len(layer.x))
     rows, bias = rows_of(model, plan.w_o)
     groups = alpha.shape[0] // v.shape[1]
     v = v.repeat_interleave(groups, dim=1) if groups > 1 else v
-    ov = torch.einsum("shc,hcd->shd", v, rows.float().unflatten(0, (v.shape[1], -1)))
-    total = torch.einsum("hts,shd->td", alpha, ov)
-    return (alpha, ov), writer(model, i, "attn", total, bias, layer.attn)
+    z = torch.einsum("hts,shc->thc", alpha, v)
+    gate = parts.gates.get(i)
+    total = (z if gate is None else z * gate).flatten(1) @ rows.float()
+    brings = _Brings(alpha, v, rows.float().unflatten(0, (v.shape[1], -1)), gate)
+    return brings, writer(model, i, "attn", total, bias, layer.attn)
 
 
 def _shares(z: Tensor, y: Tensor, by: By, centres: bool) -> Tensor:

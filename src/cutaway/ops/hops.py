@@ -166,16 +166,19 @@ def _carried(
         v = trace[f"L{layer}.attn.v"][0].float()
         heads, shared = z.shape[1], z.shape[1] // v.shape[1]
         rows, bias = rows_of(model, model.layers[layer].w_o)
+        gate = parts.gates[layer][list(via)] if layer in parts.gates else None
         try:
-            writes = writer(model, layer, "attn", z.flatten(1) @ rows.float(), bias, out)
+            gated = z if gate is None else z * gate
+            writes = writer(model, layer, "attn", gated.flatten(1) @ rows.float(), bias, out)
             reads = value_reader(model, layer, x, v[list(via)])
         except UnsupportedError as error:
             missing[layer] = error.found
             continue
         weighed = (writes.pull(wanted) @ rows.float().T).unflatten(-1, (heads, -1))
+        weighed = weighed if gate is None else weighed * gate
         products = torch.einsum("qhc,phc->hqp", weighed, v.repeat_interleave(shared, dim=1))
         total += (pattern * products).sum(0)
-        read = (group.writer.pull(bases.gradient[n]) @ rows.float().T)[0].unflatten(-1, (heads, -1))
+        read = (group.writer.pull(bases.gradient[n]) @ group.rows.float().T)[0].unflatten(-1, (heads, -1))
         brought = trace[f"L{layer}.attn.pattern@-1"][0, :, 0, list(via)].float()
         values = torch.einsum("hq,hc->qhc", brought, read).unflatten(1, (-1, shared)).sum(2)
         wanted = wanted + reads.pull(values.flatten(1))

@@ -111,6 +111,7 @@ class LayerParts:
     Attributes:
         x: [R, d] the residual stream before it. attn, mlp: [R, d] what its parts add; None where it has none.
         before_mlp: [R, d] the state that the MLP reads: x + attn, or x in parallel blocks.
+        inserted: [R, d] what of x the model added behind the layer before (image features); None where it adds nothing.
     """
 
     x: Tensor
@@ -118,6 +119,7 @@ class LayerParts:
     mlp: Tensor | None
     before_mlp: Tensor
     parallel: bool
+    inserted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Parts:
         groups: the elements that were asked for.
         missing: why a layer's elements could not be told, by layer.
         unnamed: share of a layer's output that its elements and constants do not hold (shared experts), by layer.
+        gates: [pos, head, channel] what z is multiplied with before its output matrix, by layer that has gates; where
+            ``attn.z`` was kept at all positions.
         trace: every activation that was kept.
     """
 
@@ -142,6 +146,7 @@ class Parts:
     missing: dict[int, str] = field(default_factory=dict)
     unnamed: dict[int, float] = field(default_factory=dict)
     trace: Trace | None = None
+    gates: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
     def logits(self) -> Tensor:
@@ -151,7 +156,8 @@ class Parts:
     @property
     def identity_error(self) -> float:
         """Largest gap between a layer's sum and the stream after it, relative to the stream."""
-        after = [*(layer.x for layer in self.layers[1:]), self.final]
+        after = [layer.x if layer.inserted is None else layer.x - layer.inserted for layer in self.layers[1:]]
+        after.append(self.final)
         gaps = [
             float((sum((p for p in (a.attn, a.mlp) if p is not None), a.x) - b).abs().max() / b.abs().max())
             for a, b in zip(self.layers, after, strict=True)
@@ -178,36 +184,46 @@ def take_apart(
     """
     places = range(-reads, 0) if isinstance(reads, int) else reads
     at = f"@{Items.of(places)}"
-    plans = model.layers
+    plans = model.anatomy(inputs).stacks[""]  # with an image, a model may show more of itself
     n = len(plans)
     want = [*extra, f"L{n - 1}.resid_post{at}"]
     for i, plan in enumerate(plans):
         sides = [s for s in ("attn.out", "mlp.out") if plan.has(s)]
-        if not sides or not plan.has("resid_pre") or plan.norms:
+        if len(sides) != max(1, plan.terms) or not plan.has("resid_pre") or plan.norms:
             why = next(iter(plan.norms and ["it norms the sum of stream and part"]), "")
             why = why or plan.refused.get("attn.out") or plan.refused.get("mlp.out", "")
             raise UnsupportedError(f"what layer {i} of {model.name} adds", why, "read its sites instead")
+        if plan.between:
+            found = f"{plan.between} adds to the stream in front of it"
+            raise UnsupportedError(f"what enters layer {i} of {model.name}", found, "read its sites instead")
         want += [f"L{i}.{kind}{at}" for kind in ("resid_pre", *sides)]
+        want += [f"L{i - 1}.resid_post{at}"] if plan.inserted else []
         if level in ATTENTION_LEVELS and plan.has("attn.z") and plan.w_o:
             want += [f"L{i}.attn.z{at}"] if level == "head" else [f"L{i}.attn.pattern{at}", f"L{i}.attn.v"]
+            want += [f"L{i}.attn.z"] if plan.gated else []
         if level == "neuron":
             want += [f"L{i}.mlp.act{at}"] if plan.has("mlp.act") else []
             want += [f"L{i}.expert.gate{at}", f"L{i}.expert.act{at}"] if plan.has("expert.act") else []
     experts: dict[int, Tensor] = {}
+    written: dict[int, Tensor] = {}
     with ExitStack() as exits:
         if level == "neuron":
             _listen_to_experts(model, exits, experts)
+        _listen_to_gates(model, exits, [i for i in range(n) if f"L{i}.attn.z" in want], written)
         trace = model.trace(inputs, want=want, stop=True)
     reads = tuple(inputs.real[0][p] for p in places)
     by_name = {str(site): value[0] for site, value in trace.items()}
     layers = tuple(_layer(plan, i, by_name, at) for i, plan in enumerate(plans))
+    gates = {i: _over(u, by_name[f"L{i}.attn.z"]) for i, u in written.items()}
     groups: list[Group] = []
     missing: dict[int, str] = {}
     unnamed: dict[int, float] = {}
     for i, plan in enumerate(plans):
         try:
             if level in ATTENTION_LEVELS and plan.has("attn.z") and plan.w_o:
-                groups.append(_attention(model, i, plan, layers[i], by_name, at, level))
+                if level != "head":
+                    refuse_other_keys(i, by_name[f"L{i}.attn.v"].shape[0], inputs.ids.shape[1])
+                groups.append(_attention(model, i, plan, layers[i], by_name, at, level, gates.get(i), reads))
             elif level in ATTENTION_LEVELS and plan.has("attn.out"):
                 missing[i] = plan.refused.get("attn.z", "its heads are not written by one matrix")
             elif level == "neuron" and plan.has("mlp.act"):
@@ -220,18 +236,35 @@ def take_apart(
         except UnsupportedError as error:
             missing[i] = error.found
     final = by_name[f"L{n - 1}.resid_post{at}"].float()
-    return Parts(model, inputs, reads, layers, final, tuple(groups), missing, unnamed, trace)
+    return Parts(model, inputs, reads, layers, final, tuple(groups), missing, unnamed, trace, gates)
+
+
+def refuse_other_keys(layer: int, keys: int, positions: int) -> None:
+    """UnsupportedError where a layer attends to something else than the positions of the prompt."""
+    if keys != positions:
+        found = f"it attends to {keys} keys, which are not the prompt's {positions} positions"
+        raise UnsupportedError(f"attention of layer {layer}", found, "")
 
 
 def _layer(plan: Any, i: int, values: dict[str, Tensor], at: str) -> LayerParts:
     x = values[f"L{i}.resid_pre{at}"].float()
     attn, mlp = (values.get(f"L{i}.{side}.out{at}") for side in ("attn", "mlp"))
     attn, mlp = (None if part is None else part.float() for part in (attn, mlp))
-    return LayerParts(x, attn, mlp, x if plan.parallel or attn is None else x + attn, plan.parallel)
+    before = x if plan.parallel or attn is None else x + attn
+    inserted = x - values[f"L{i - 1}.resid_post{at}"].float() if plan.inserted else None
+    return LayerParts(x, attn, mlp, before, plan.parallel, inserted)
 
 
 def _attention(
-    model: WatchedModel, i: int, plan: Any, parts: LayerParts, values: dict[str, Tensor], at: str, level: Level
+    model: WatchedModel,
+    i: int,
+    plan: Any,
+    parts: LayerParts,
+    values: dict[str, Tensor],
+    at: str,
+    level: Level,
+    gates: Tensor | None,
+    reads: Sequence[int],
 ) -> Group:
     rows, bias = rows_of(model, plan.w_o)
     channels: int = plan.attention.d_value
@@ -244,6 +277,12 @@ def _attention(
         coef = torch.einsum("hrp,phc->rphc", pattern.to(v.dtype), v).flatten(2)
     if parts.attn is None:
         raise UnsupportedError(f"attention of layer {i}", "what it adds is not seen", "")
+    if gates is not None:
+        gate = gates[list(reads)].flatten(1)
+        if len(reads) == 1:  # the rows of this one position: who carries other vectors through them meets the gate too
+            rows = rows.float() * gate[0][:, None]
+        else:
+            coef = coef.float() * gate[:, None]
     total = coef.float().sum(1) @ rows.float()
     how = writer(model, i, "attn", total, bias, parts.attn)
     width = 1 if level == "attention-neuron" else channels
@@ -291,6 +330,24 @@ def _experts(
         raise UnsupportedError(f"experts of layer {i}", "what lies between them and the stream is not understood", "")
     how = Writer(inner.factor, None, constant + rest, inner.error)
     return [Group(i, "expert.act", how, rows[e], coef[:, e][:, None], expert=e) for e in routed], share
+
+
+def _listen_to_gates(model: WatchedModel, exits: ExitStack, layers: Sequence[int], found: dict[int, Tensor]) -> None:
+    """Keep what the heads' output matrix of each layer takes in, [pos, head, channel], where that is gated."""
+    for i in layers:
+        plan = model.layers[i]
+        if plan.gated:
+
+            def keep(module: Any, args: Any, i: int = i, heads: int = plan.attention.heads) -> None:
+                found[i] = args[0].detach().reshape(-1, heads, args[0].shape[-1] // heads)
+
+            exits.callback(model.hf.get_submodule(plan.w_o).register_forward_pre_hook(keep).remove)
+
+
+def _over(a: Tensor, b: Tensor) -> Tensor:
+    """The quotient of two tensors; 0 where the second is."""
+    a, b = a.float(), b.float()
+    return torch.where(b == 0, torch.zeros_like(b), a / b)
 
 
 def _holds(path: str, inner: str) -> bool:

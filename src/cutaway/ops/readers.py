@@ -243,6 +243,10 @@ def _activating(
 ) -> MlpReaders:
     """The readers, if ``function`` makes the run's own activations of what they read."""
     readers = MlpReaders(up[0], gate[0] if gate else None, up[1], gate[1] if gate else None, function)
+    try:
+        readers.activation(readers.read_up[:, :1], None if readers.read_gate is None else readers.read_gate[:, :1])
+    except RuntimeError:
+        raise UnsupportedError(asked, "its activation function takes all neurons at once, as a norm does", "") from None
     error = _gap(readers.activation(readers.read_up, readers.read_gate), act)
     if not error <= rounding(model.dtype):
         found = f"its activation function, applied to what was read, misses the activations by {error:.2g} of them"

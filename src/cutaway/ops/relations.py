@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cutaway.core.errors import UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.ops.watched import WatchedModel
 
@@ -51,6 +52,9 @@ def attention_on(
     """[relation, head] by layer: attention along each relation, summed over keys, mean over the queries that have any.
 
     NaN where no query has.
+
+    Raises:
+        UnsupportedError: a layer attends over something else than the positions of the prompt.
     """
     n = inputs.ids.shape[1]
     size = len(inputs) if inputs.has_images else max(1, KEPT // (n * n * max(1, len(layers))))
@@ -62,6 +66,9 @@ def attention_on(
         trace = model.trace(part, want=[f"L{i}.attn.pattern" for i in layers], stop=True)
         for i in layers:
             pattern = trace[f"L{i}.attn.pattern"].float()
+            if pattern.shape[-2:] != (n, n):
+                found_there = f"it is {pattern.shape[-2]} queries by {pattern.shape[-1]} keys for {n} positions"
+                raise UnsupportedError(f"attention of layer {i} of {model.name}", found_there, "")
             found = torch.einsum("bhqk,rbqk->rh", pattern, pairs[:, rows].to(pattern.device)).cpu()
             sums[i] = sums[i] + found if i in sums else found
     return {i: total / counts[:, None] for i, total in sums.items()}

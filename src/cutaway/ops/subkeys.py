@@ -35,6 +35,7 @@ from cutaway.ops.watched import WatchedModel
 
 Places = dict[tuple[int, str], dict[int, list[int]]]
 """By layer and kind, by position: places of value neurons."""
+INSERTED = "inserted"  # kind of what the model adds behind a layer
 VALUE_LEVELS: dict[str, Level] = {"attn.z": "attention-neuron", "mlp.act": "neuron"}
 
 
@@ -292,6 +293,8 @@ def _experts(
     for expert in sorted({units[i].number for i in everyone}):
         members = [i for i in everyone if units[i].number == expert]
         index, weight = [units[i].inner for i in members], float(gate[0, expert])
+        if weight == 0.0:
+            raise UnsupportedError(f"expert {expert} of layer {layer}", "the last position is not sent to it", "")
         readers = expert_readers(model, layer, expert, x, act[:, expert])
         keys = readers.keys(index, 0)
 
@@ -306,7 +309,8 @@ def _experts(
 
 
 class Totals(NamedTuple):
-    """Scores by where they came from ("embedding", "attention", "MLPs", "constants"), and how well they add up.
+    """Scores by where they came from ("embedding", "attention", "MLPs", "constants"; where a model has such, "image
+    features between layers"), and how well they add up.
 
     ``error`` is the score that the sums of parts miss or have too much, as a share of all.
     """
@@ -327,8 +331,12 @@ def totals(parts: Parts, values: ValueNeurons) -> Totals:
         for name, kind, part in (("attention", "attn.out", layer.attn), ("MLPs", "mlp.out", layer.mlp)):
             if part is not None:
                 brought[name].append(values.contributions(kind, i, part[None])[0])
+        if layer.inserted is not None:
+            between = values.contributions(INSERTED, i - 1, layer.inserted[None])[0]
+            brought.setdefault("image features between layers", []).append(between)
     brought["constants"] = [values.constants]
     everything = torch.stack([some for of_kind in brought.values() for some in of_kind])
     gap = (everything.sum(0) - values.coefficients) * slopes
     shared = {name: float(sum((some * slopes).sum() for some in of_kind)) for name, of_kind in brought.items()}
-    return Totals(shared, float(gap.abs().sum() / values.scores.abs().sum()))
+    whole = float(values.scores.abs().sum())
+    return Totals(shared, float(gap.abs().sum()) / (whole or 1.0))

@@ -20,7 +20,10 @@ def plain_ids(model: WatchedModel) -> list[int]:
     encoder = model.encoder
     special = set(_named_ids(encoder.config)) | set(_named_ids(encoder.text_config))
     special |= encoder.special_ids | encoder.image_ids
-    found = [i for i in range(encoder.vocabulary_size) if i not in special]
+    scored = (
+        getattr(encoder.text_config, "vocab_size", None) or encoder.vocabulary_size
+    )  # some embed more than they say
+    found = [i for i in range(min(encoder.vocabulary_size, scored)) if i not in special]
     if len(found) < 4:
         asked = "random tokens"
         raise ParameterError(asked, f"the vocabulary has {len(found)} that are not special", "give prompts")

@@ -68,7 +68,9 @@ def read(model: WatchedModel, head: Head, prompt: Labelled, layers: Sequence[int
 
 def _brought(parts: Parts, layer: int) -> tuple[Tensor, Tensor]:
     """([source, head, 1, d] what each head brings from each position, [head, source] its attention there)."""
-    group = next(g for g in parts.groups if g.layer == layer)
+    group = next((g for g in parts.groups if g.layer == layer), None)
+    if group is None:
+        raise UnsupportedError(f"what heads of layer {layer} bring", parts.missing.get(layer, "it has none"), "")
     vectors = group.vectors(torch.arange(len(group), device=group.rows.device))
     if parts.trace is None:
         raise UnsupportedError(f"layer {layer}", "its run was not kept", "")

@@ -18,7 +18,7 @@ from cutaway.ops.ablation import Ablation
 from cutaway.ops.draws import ROOM, UNASKED, WORTH, proof_of, sizes
 from cutaway.ops.importance import refuse_same
 from cutaway.ops.parts import take_apart, unpadded
-from cutaway.ops.subkeys import find_values, totals
+from cutaway.ops.subkeys import INSERTED, find_values, totals
 from cutaway.ops.units import Unit
 from cutaway.ops.watched import rounding
 from cutaway.results.grid import Grid
@@ -87,7 +87,8 @@ def logit_flow(
         seed: of the draws.
 
     Returns:
-        nats [flow, layer, position]; the row "embed" holds what the embedding brought.
+        nats [flow, layer, position]; the row "embed" holds what the embedding brought, and image features that a model
+        adds between layers.
 
     Raises:
         UnsupportedError: no value neuron whose reading is understood, or layers that do not add to the residual stream.
@@ -130,6 +131,8 @@ def _flow(model: Model, batch: Inputs, token: int, most: int) -> Flow:
     parts, at = take_apart(model, batch, neurons.positions, "layer"), list(neurons.positions)
     values[QUERY_FFN, 0, at] = (neurons.gradient("embed", -1) * parts.layers[0].x).sum(-1)
     for i, layer in enumerate(parts.layers):
+        if layer.inserted is not None:
+            values[QUERY_FFN, 0, at] += (neurons.gradient(INSERTED, i - 1) * layer.inserted).sum(-1)
         for flow, kind, part in ((QUERY_ATTENTION, "attn.out", layer.attn), (QUERY_FFN, "mlp.out", layer.mlp)):
             if part is not None:
                 values[flow, 1 + i, at] = (neurons.gradient(kind, i) * part).sum(-1)

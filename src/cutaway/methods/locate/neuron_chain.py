@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cutaway.core.errors import ParameterError
+from cutaway.core.errors import ParameterError, UnsupportedError
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Zero
 from cutaway.core.method import method
@@ -80,6 +80,9 @@ def neuron_chain(
     if any(unit.kind != "attn.z" or unit.inner >= 0 for unit in movers):
         raise ParameterError("parameter 'heads'", f"{', '.join(map(str, movers))} are named", "name heads: attn.z")
     values = read_values(model, batch, units, torch.ones(len(units), device=model.device))
+    if not values.units:
+        why = "; ".join(values.left_out).replace("value neurons of ", "") or "none is named"
+        raise UnsupportedError(f"what switches neurons of {model.name} on", why, "")
     parts = take_apart(model, batch, 1, "neuron")
     writers = _neurons(parts, units) + (_moved(model, batch, movers) if movers else [])
     brought = torch.stack([values.contributions(w.unit.kind, w.unit.layer, w.vector[None])[0] for w in writers])

@@ -31,7 +31,7 @@ NEURONS = ("mlp.act", "expert.act")
 
 @method(
     cites="yu2024arithmetic",
-    example={"prompt": "#5 #9 #6 #7", "neuron": "L1.mlp.act[6]", "head": "L1.attn.z[0]", "k": 4, "draws": 0},
+    example={"prompt": "#5 #9 #6 #7", "neuron": "L2.mlp.act[6]", "head": "L1.attn.z[0]", "k": 4, "draws": 0},
 )
 def neuron_sources(
     model: Model,
@@ -72,7 +72,7 @@ def neuron_sources(
         vector raises where it was added, ``behind the head`` those that the head made of it.
 
     Raises:
-        ParameterError: not one neuron, or not one head that the neuron can read. UnsupportedError: they are not
+        ParameterError: not one neuron that is on, or not one head that it can read. UnsupportedError: they are not
         understood, or nothing of that level lies before the head.
     """
     batch = unpadded(model.inputs(prompt, image))
@@ -80,6 +80,8 @@ def neuron_sources(
     root = read_values(model, batch, [unit], torch.ones(1, device=model.device))
     if not root.units:
         raise UnsupportedError(f"what switches {unit} of {model.name} on", "; ".join(root.missing.values()), "")
+    if float(root.coefficients[0]) == 0.0:
+        raise ParameterError("parameter 'neuron'", f"{unit} is off at the last position", "name one that is on")
     mover = _costliest(model, batch, root, level) if head is None else _one(model, batch, head, "head", ("attn.z",))
     if not root.reads[0].sees("attn.z", mover.layer):
         raise ParameterError("parameter 'head'", f"{unit} does not read what {mover} adds", "name a head before it")

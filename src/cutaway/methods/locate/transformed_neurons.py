@@ -91,8 +91,9 @@ def transformed_neurons(
     units = _through(model, rows[0], middle, through)
     deeper = [unit for unit in units if unit.layer > groups[0].layer]
     if not deeper:
-        given = ", ".join(map(str, units[:3])) or "no attention layer"
-        raise ParameterError("parameter 'through'", f"{given} is not deeper than any neuron tried", "name deeper ones")
+        given = ", ".join(map(str, units[:3]))
+        found = f"{given} is not deeper than any neuron tried" if given else "no attention is seen in the layers behind"
+        raise ParameterError("parameter 'through'", found, "name deeper ones")
     ways, missing, last = transports(model, rows[0], deeper)
     if not ways:
         raise UnsupportedError(f"attention of {model.name}", next(iter(missing.values())), "name other layers")

@@ -6,13 +6,16 @@ from typing import Literal
 
 import torch
 
-from cutaway.core.errors import ParameterError, SiteMissingError
+from cutaway.core.errors import ParameterError, SiteMissingError, UnsupportedError
+from cutaway.core.inputs import Inputs
 from cutaway.core.method import method
 from cutaway.core.params import Image, Prompt, TowerLayers
 from cutaway.core.proof import Check
 from cutaway.core.site import Items, Site
 from cutaway.models.handle import Model
 from cutaway.results.pattern import Pattern
+
+ELSEWHERE = 0.05  # of the largest output: by so much rounding does not move it
 
 
 @method(cites="vaswani2017attention", example={"prompt": "#5 #9 #6 #7 #8"})
@@ -42,6 +45,7 @@ def attention_pattern(
         probabilities [layer, head, query, key].
 
     Raises:
+        UnsupportedError: attention that gives something else than pattern times values.
         SiteMissingError: no vision tower, or a layer without attention. SiteRangeError: layer or head out of range.
     """
     inputs = model.inputs(prompt, image)
@@ -62,7 +66,7 @@ def attention_pattern(
     shapes = {site.layer: list(trace[site].shape[1:]) for site in patterns}
     if len({tuple(shape) for shape in shapes.values()}) > 1:
         raise ParameterError(f"layers {chosen}", f"their patterns are [head, query, key] {shapes}", "name layers alike")
-    names = inputs.tokens[0] if not scope else tuple(str(i) for i in range(trace[patterns[0]].shape[-1]))
+    queries, keys = (_names(inputs, scope, n) for n in trace[patterns[0]].shape[-2:])
     kept = heads or list(range(trace[patterns[0]].shape[1]))
     worst = 0.0
     for site, i in zip(patterns, chosen, strict=True):
@@ -71,9 +75,18 @@ def attention_pattern(
         for n, head in enumerate(kept):
             made = trace[site][0, n].float() @ v[0, :, head // groups].float()
             worst = max(worst, float((made - z[0, :, head].float()).abs().max()))
+    if worst > ELSEWHERE * max(float(x.abs().max()) for site, x in trace.items() if site.kind == "attn.z"):
+        found = "what attention gives is not its pattern times the values: it is scaled afterwards, as by a sink"
+        raise UnsupportedError(f"attention patterns of {model.name}", found, "read 'L*.attn.pattern' as it is")
     return Pattern(
         title=f"attention of {model.name}",
         pattern=torch.stack([trace[site][0].float() for site in patterns]),
-        labels={"layer": tuple(chosen), "head": tuple(kept), "query": names, "key": names},
+        labels={"layer": tuple(chosen), "head": tuple(kept), "query": queries, "key": keys},
         check=Check(name="pattern @ v is what attention gave", value=worst, tolerance=1e-4),
     )
+
+
+def _names(inputs: Inputs, scope: str, n: int) -> tuple[str, ...]:
+    """The prompt's tokens; numbers where attention is over something else, such as an encoder's states."""
+    tokens = inputs.tokens[0]
+    return tokens if not scope and n == len(tokens) else tuple(str(i) for i in range(n))

@@ -85,6 +85,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 4,
         "lsh_attn_chunk_length": 4,
     },
+    "UnlimitedOcrTextConfig": {"num_key_value_heads": TEXT.heads},  # its own attention takes no fewer
     "Step3p7TextConfig": {
         "sliding_window": WINDOW,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
