@@ -233,3 +233,25 @@ def test_a_method_is_right_on_a_spread_model_or_says_why_it_is_not(method: str) 
         assert found == expected or ("its weights lie on" in str(found) and "load it on one device" in str(found))
     else:
         assert found.same_as(expected, **CLOSE).lines == ()
+
+
+@pytest.mark.parametrize("name", ["grouped-query", "experts"])
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("patch", {"kind": "attn.z", "by": "head"}),
+        ("attribution_patching", {"kind": "attn.z", "by": "head", "steps": 2, "answers": [11, 12], "rivals": [22, 23]}),
+        ("attribution_patching", {"answers": [11, 12], "budget": 1}),
+        ("path_patching", {"receivers": "L2.attn.v", "answers": [11, 12]}),
+        ("causal_trace", {"subject": ["#71", "#9"], "samples": 2, "normalise": False}),
+    ],
+)
+def test_several_pairs_say_what_they_say_on_the_cpu(method: str, params: dict[str, Any], name: str) -> None:
+    clean, corrupt = [[70, 71, 72, 73], [5, 9, 6, 7]], [[70, 90, 72, 93], [5, 4, 6, 8]]
+    prompts = {"prompt": clean} if method == "causal_trace" else {"clean": clean, "corrupt": corrupt}
+    measured = {} if "answers" in params else {"metric": METRIC}
+    expected, found = (
+        cutaway.run(method, of, **prompts, **measured, **params) for of in (architectures.model(name), far(name))
+    )
+    assert found.standard_error is not None
+    assert found.same_as(expected, rtol=1e-3, atol=1e-4).lines == ()
