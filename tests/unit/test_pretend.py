@@ -151,7 +151,14 @@ def test_tensors_say_where_they_are_and_share_memory_as_they_would() -> None:
     assert x[1:].untyped_storage().data_ptr() == x.untyped_storage().data_ptr() != far().untyped_storage().data_ptr()
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         torch.ones(1, device="pretend:2")
-    assert not torch.accelerator.is_available()
+
+
+def test_nothing_chooses_the_device_by_itself() -> None:
+    assert (torch.accelerator.is_available(), torch.accelerator.device_count()) == (False, 0)
+    state = torch.pretend.get_rng_state()  # type: ignore[attr-defined]
+    with torch.random.fork_rng():  # warns where there are several accelerators
+        torch.rand(1, device=HERE)
+    assert not torch.equal(torch.pretend.get_rng_state(), state)  # type: ignore[attr-defined]
 
 
 DRAWS: dict[str, Callable[..., Tensor]] = {

@@ -62,7 +62,7 @@ def attention_pattern(
     index = Items.of(heads) if heads else None
     patterns = [Site("attn.pattern", Items.of(i), index, scope=scope) for i in chosen]
     values = [Site(f"attn.{k}", Items.of(i), scope=scope) for i in chosen for k in ("v", "z")]
-    trace = model.trace(inputs, want=[*patterns, *values])
+    trace = model.trace(inputs, want=[*patterns, *values], device=model.device)
     shapes = {site.layer: list(trace[site].shape[1:]) for site in patterns}
     if len({tuple(shape) for shape in shapes.values()}) > 1:
         raise ParameterError(f"layers {chosen}", f"their patterns are [head, query, key] {shapes}", "name layers alike")

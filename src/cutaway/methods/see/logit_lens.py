@@ -59,7 +59,7 @@ def logit_lens(
         why = model.layers[lacking].refused["resid_post"]
         raise SiteMissingError(f"site 'L{lacking}.resid_post' of {model.name}", why, "leave that layer out")
     last = f"L{model.n_layers - 1}.resid_post"
-    trace = model.trace(inputs, want=[*entry, *wanted, *([] if last in wanted else [last])])
+    trace = model.trace(inputs, want=[*entry, *wanted, *([] if last in wanted else [last])], device=model.device)
     names = (*entry, *wanted)
     at_once = max(1, ROWS // max(1, len(places)))  # layers that go through the head together
     rows = [
