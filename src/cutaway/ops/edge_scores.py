@@ -186,6 +186,7 @@ class _Sums:
         self.flat = change.now.flatten(1, 2)  # [sender, token, d]
         self.matrix: dict[str, Tensor] = {}
         self.mlp: dict[int, Tensor] = {}
+        self.bent: dict[int, Tensor] = {}  # of MLPs, what the moving scale takes off the gradient
         self.logits: Tensor | None = None
         self.embedding: Tensor | None = None
         self.found = torch.zeros(len(wiring.senders), len(wiring.receivers), device=change.now.device)
@@ -269,11 +270,9 @@ class _Sums:
         g = g.reshape(*pull.inverse.shape, -1)
         pulled = front.mlp.rows(g) * pull.inverse[..., None]
         self.mlp[i] = _sum(self.mlp.get(i), pulled)
-        receiver = self.wiring.block(i).stop
-        n = self.wiring.receivers[receiver].reads
-        moved = pull.moving(self.flat[:n])
-        if moved is not None and pull.x is not None:
-            self.lost[:n, receiver] += moved @ (pull.x * pulled).sum(-1).flatten()
+        bent = pull.bent(pulled)  # of one receiver, so it adds up over steps as the gradient does
+        if bent is not None:
+            self.bent[i] = _sum(self.bent.get(i), bent)
 
     def _final(self, x: Tensor, normed: Tensor, g: Tensor, change: Tensor) -> None:
         """The part of the logits' scores that comes from moving the final norm's scale; their gradient has it in."""
@@ -302,6 +301,9 @@ class _Sums:
                     found[:n, at.start : at.stop] += wide[:n] @ pulled.flatten(1).T
             self.change.past(i, "attn")
             reads = self.wiring.receivers[mlp].reads
+            if i in self.bent:
+                self.lost[:reads, mlp] = wide[:reads] @ self.bent[i].flatten()
+                found[:reads, mlp] -= self.lost[:reads, mlp]
             found[:reads, mlp] += wide[:reads] @ self.mlp[i].flatten()
             self.change.past(i, "mlp")
         if self.logits is not None:

@@ -74,10 +74,15 @@ class Pull(NamedTuple):
     def __call__(self, g: Tensor) -> Tensor:
         """[..., d] gradients at the norm's input, of those at its output."""
         pulled = self.intake.rows(g) * self.inverse[..., None]
+        bent = self.bent(pulled)
+        return pulled if bent is None else pulled - bent
+
+    def bent(self, pulled: Tensor) -> Tensor | None:
+        """[..., d] what the moving scale takes off the gradients ``P(gain g) / s``; None: there is no scale."""
         if self.x is None:
-            return pulled
-        share = (self.x * pulled).sum(-1, keepdim=True) * (self.inverse**2)[..., None] / g.shape[-1]
-        return pulled - self.x * share
+            return None
+        share = (self.x * pulled).sum(-1, keepdim=True) * (self.inverse**2)[..., None] / pulled.shape[-1]
+        return self.x * share
 
     def moving(self, change: Tensor) -> Tensor | None:
         """[sender, token] ``<change, P(x)> / (d s²)`` of changes [sender, token, d]: how far each moves the scale.
