@@ -146,6 +146,29 @@ def support_table() -> str:
     return table(["class", "task", "status", "what is refused, and why"], rows)
 
 
+def circuit_counts() -> str:
+    """On how many classes `edges` and `faithfulness` run, by what `cutaway doctor` says of the class."""
+    verified = {(c["class"], c["task"]) for c in figures("architectures")["classes"] if c["status"] == "verified"}
+    rows: dict[tuple[str, str], list[str]] = {}
+    for each in figures("circuits_by_architecture")["classes"]:
+        whole = "verified" if (each["class"], each["task"]) in verified else "partly"
+        rows.setdefault((each["task"], whole), []).append(each["status"])
+    heads = ["task", "status of its sites", "runs", "refused", "breaks, or misses a check"]
+    kinds = ("runs", "refused", "fails")
+    lines = [[*key, *(str(found.count(kind)) for kind in kinds)] for key, found in sorted(rows.items(), reverse=True)]
+    return table(heads, sorted(lines, key=lambda line: line[0]))
+
+
+def circuit_refusals() -> str:
+    """The classes whose sites are all there and whose edges are refused, or miss a check, and why."""
+    verified = {(c["class"], c["task"]) for c in figures("architectures")["classes"] if c["status"] == "verified"}
+    reasons: dict[str, list[str]] = {}
+    for each in figures("circuits_by_architecture")["classes"]:
+        if each["status"] != "runs" and (each["class"], each["task"]) in verified:
+            reasons.setdefault(each["why"], []).append(f"`{each['class']}`")
+    return table(["why", "classes"], [[why, ", ".join(names)] for why, names in sorted(reasons.items())])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "error tree": error_tree,
     "error classes": error_classes,
@@ -157,5 +180,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "support counts": support_counts,
     "support table": support_table,
+    "circuit counts": circuit_counts,
+    "circuit refusals": circuit_refusals,
     **docs_from_code.method_blocks(),
 }

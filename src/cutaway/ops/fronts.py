@@ -208,6 +208,8 @@ def _listen(model: WatchedModel, path: str, calls: list[_Call], exits: ExitStack
 
 def _unchanged(model: WatchedModel, i: int, post: Tensor, pre: Tensor) -> None:
     """Between two layers the model adds nothing that it computes from the stream (Idefics attends to images there)."""
+    if not (pre.requires_grad and post.requires_grad):
+        raise UnsupportedError(f"the edges of {model.name}", f"no gradient passes from layer {i} to layer {i + 1}", "")
     given = _random(pre)
     (back,) = torch.autograd.grad(pre, post, given, retain_graph=True, allow_unused=True)
     if back is None or not torch.equal(back, given.view(back.shape)):
