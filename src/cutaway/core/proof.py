@@ -74,7 +74,10 @@ class Proof:
     equally many random ones do, drawn with the same ``matched`` profile. Larger means stronger (a drop is positive).
     The verdict is taken at the largest k, in three ways that must agree: there is an effect, it lies above ``LEVEL`` of
     the draws, and a one-sided prediction interval (Student's t, n - 1 degrees of freedom) puts it above what one more
-    draw gives.
+    draw gives. What is told beside it is the p-value by rank, which cannot fall below 1 / (draws + 1).
+
+    ``distinct`` is how many of the random sets of the largest size differ, where components are so few that some were
+    drawn twice; all of them where it is None.
 
     Raises:
         ResultError: fewer than ``MIN_DRAWS`` draws, or shapes that do not line up.
@@ -90,6 +93,7 @@ class Proof:
     metric: str
     unit: str
     matched: str = "kind and layer"
+    distinct: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ks", tuple(int(k) for k in self.ks))
@@ -110,10 +114,17 @@ class Proof:
             )
         if self.n_draws < self.MIN_DRAWS:
             raise ResultError("a proof", f"{self.n_draws} random draws", f"draw at least {self.MIN_DRAWS}")
+        if not 1 <= self.n_distinct <= self.n_draws:
+            raise ResultError("a proof", f"{self.distinct} of {self.n_draws} draws differ", "give 1 to all of them")
 
     @property
     def n_draws(self) -> int:
         return int(self.random.shape[0])
+
+    @property
+    def n_distinct(self) -> int:
+        """How many of the random sets of the largest size differ."""
+        return self.n_draws if self.distinct is None else self.distinct
 
     @property
     def percentile(self) -> np.ndarray:
@@ -122,7 +133,36 @@ class Proof:
 
     @property
     def p_value(self) -> np.ndarray:
-        """Chance that one more random draw would do as much, [k]; NaN where a number is not finite."""
+        """Chance that random components do as much, by rank, [k]: (1 + draws that do) / (1 + draws that differ).
+
+        NaN where a number is not finite.
+        """
+        there = np.isfinite(self.effect) & np.isfinite(self.random).all(axis=0)
+        return np.where(there, (1 + self._reached) / (1 + self.n_distinct), np.nan)
+
+    @property
+    def _reached(self) -> np.ndarray:
+        """How many draws do as much, [k]; not more than there are that differ."""
+        return np.minimum((self.random >= self.effect).sum(axis=0), self.n_distinct)
+
+    @property
+    def evidence(self) -> str:
+        """The p-value at the largest k with no more digits than the draws give: ``p = 2/6``, ``p <= 1/6``."""
+        if not np.isfinite(self.p_value[-1]):
+            return "p unknown"
+        reached, all_differ = int(self._reached[-1]), self.n_distinct == self.n_draws
+        return f"p {'=' if reached and all_differ else '<='} {1 + reached}/{1 + self.n_distinct}"
+
+    @property
+    def _limit(self) -> str:
+        """Why p is not smaller, where more draws could make it so."""
+        if self.n_distinct < self.n_draws:
+            return f", since only {self.n_distinct} of the draws differ"
+        return f", as small as {self.n_draws} draws allow" if not self._reached[-1] else ""
+
+    @property
+    def tail(self) -> np.ndarray:
+        """Chance that one more draw would do as much if draws were normal, [k]; NaN where a number is not finite."""
         from scipy.special import stdtr
 
         n = self.n_draws
@@ -136,7 +176,7 @@ class Proof:
     @property
     def holds(self) -> bool:
         """Whether the named set does something, and more than random ones; less of a gain than theirs is no proof."""
-        return bool(self.effect[-1] > 0 and self.percentile[-1] >= self.LEVEL and self.p_value[-1] <= 1 - self.LEVEL)
+        return bool(self.effect[-1] > 0 and self.percentile[-1] >= self.LEVEL and self.tail[-1] <= 1 - self.LEVEL)
 
     @property
     def sentence(self) -> str:
@@ -146,7 +186,7 @@ class Proof:
         return (
             f"{self.ablated} (k = {k}) changes {self.metric} by {effect:.3g} {self.unit}, {verdict} {self.n_draws} "
             f"random draws matched by {self.matched} (mean {draws.mean():.3g}, largest {draws.max():.3g}; "
-            f"p = {self.p_value[-1]:.2g})"
+            f"{self.evidence}{self._limit})"
         )
 
     def __str__(self) -> str:

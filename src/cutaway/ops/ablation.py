@@ -162,7 +162,8 @@ class Ablation:
                     if unit.source >= 0:
                         self._without(new, row, unit)
                     elif unit.at >= 0:
-                        new[row, unit.at] = self._value(site, x).expand_as(x)[row, unit.at]
+                        here = (row, unit.at, *_at(unit))
+                        new[here] = self._value(site, x).expand_as(x)[here]
             return new
 
         return Apply(site, change)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,12 +93,16 @@ class Pool:
 
 
 class Draws:
-    """Random counterparts of named components, in their order."""
+    """Random counterparts of named components, in their order.
+
+    ``distinct`` is how many of the random sets of the largest size differ, once ``sets`` has drawn them.
+    """
 
     def __init__(self, model: WatchedModel, units: Sequence[Unit], n_positions: int, seed: int) -> None:
         self.units = list(dict.fromkeys(units))
         self.pools = {family: Pool.of(model, family, n_positions) for family in _families(units)}
         self.generator = torch.Generator().manual_seed(seed)
+        self.distinct: int | None = None
 
     @property
     def matched(self) -> str:
@@ -119,6 +123,17 @@ class Draws:
         avoid = {unit._replace(at=-1) for unit in named}
         return [u for f, own in _families(named).items() for u in self.pools[f].draw(own, avoid, self.generator)]
 
+    def sets(self, ks: Sequence[int], n_draws: int) -> list[list[Unit]]:
+        """The first k of those named for every k, then as many random ones for every k, ``n_draws`` times."""
+        drawn = [self.draw(k) for _ in range(n_draws) for k in ks]
+        self.distinct = different(drawn[len(ks) - 1 :: len(ks)])
+        return [self.units[:k] for k in ks] + drawn
+
+
+def different(sets: Iterable[Iterable[Hashable]]) -> int:
+    """How many sets differ; one that was drawn twice is evidence once."""
+    return len({frozenset(some) for some in sets})
+
 
 def _families(units: Sequence[Unit]) -> dict[Family, list[Unit]]:
     """The units by what they are matched by, in their order."""
@@ -136,11 +151,11 @@ def sizes(most: int) -> list[int]:
 
 def prove(ablation: Ablation, draws: Draws, ks: Sequence[int], n_draws: int, ablated: str) -> Proof:
     """The drop in the target's score without the first k components, against random ones."""
-    sets = [draws.units[:k] for k in ks] + [draws.draw(k) for _ in range(n_draws) for k in ks]
+    sets = draws.sets(ks, n_draws)
     base = float(ablation.base().score[0])
     drop = base - ablation(sets).score.double()
     random = drop[len(ks) :].view(n_draws, len(ks))
-    return proof_of(drop[: len(ks)], random, ks, ablated, draws.matched, ablation.measures)
+    return proof_of(drop[: len(ks)], random, ks, ablated, draws.matched, ablation.measures, draws.distinct)
 
 
 def worthwhile(units: Sequence[Unit], scores: Sequence[float]) -> list[Unit]:
@@ -180,6 +195,7 @@ def proof_of(
     ablated: str,
     matched: str,
     measures: tuple[str, str] = ("log p(target)", "nats"),
+    distinct: int | None = None,
 ) -> Proof:
     """The proof of drops in what ``measures`` names: [k] without the first k, [draw, k] without random ones."""
     return Proof(
@@ -190,6 +206,7 @@ def proof_of(
         metric=measures[0],
         unit=measures[1],
         matched=matched,
+        distinct=distinct,
     )
 
 
@@ -241,4 +258,10 @@ def prove_sets(
     ]
     found = effect([named[:k] for k in ks] + random).double()
     n = len(ks)
-    return Proof(ks=tuple(ks), effect=found[:n].numpy(), random=found[n:].view(n_draws, n).numpy(), **said)
+    return Proof(
+        ks=tuple(ks),
+        effect=found[:n].numpy(),
+        random=found[n:].view(n_draws, n).numpy(),
+        distinct=different(random[n - 1 :: n]),
+        **said,
+    )

@@ -55,7 +55,7 @@ def prove_together(
         drawers[JOINT] = _roomy(ablation, both, seed)
     sets: list[Sequence[Unit]] = [[unit] for unit in alone]
     for drawer in drawers.values():
-        sets += [drawer.units, *(drawer.draw(len(drawer.units)) for _ in range(n_draws))]
+        sets += drawer.sets([len(drawer.units)], n_draws)
     if not sets:
         return found
     drop = float(ablation.base().score[0]) - ablation(sets).score.double()
@@ -65,7 +65,9 @@ def prove_together(
         effect, random = drop[at : at + 1], drop[at + 1 : at + 1 + n_draws, None]
         parts = [each for each in joint if each in drawers] if name == JOINT else [name]
         what = f"zeroing the top {' and '.join(words.get(each, each) for each in parts)}"
-        found.proofs[name] = proof_of(effect, random, [len(drawer.units)], what, drawer.matched, ablation.measures)
+        found.proofs[name] = proof_of(
+            effect, random, [len(drawer.units)], what, drawer.matched, ablation.measures, drawer.distinct
+        )
         at += 1 + n_draws
     return found
 

@@ -33,7 +33,7 @@ class Unit(NamedTuple):
         kind: of the site. layer: its number.
         number: of the head, neuron or expert. inner: channel of a head, neuron of an expert.
         source: the position that a head brings it from.
-        at: the one position that a sublayer adds it at; such a component is not read from text.
+        at: the one position that it is at; such a component is not read from text.
     """
 
     kind: str

@@ -304,17 +304,41 @@ def proof(effect: list[float], draws: np.ndarray) -> Proof:
     return Proof(ablated="zeroing", ks=ks, effect=effect, random=draws, metric="log p", unit="nats")
 
 
-def test_p_value_is_the_prediction_interval() -> None:
+def test_the_tail_is_the_prediction_interval() -> None:
     draws = np.random.default_rng(0).normal(size=(7, 1))
-    found = float(proof([1.5], draws).p_value[0])
+    found = float(proof([1.5], draws).tail[0])
     spread = draws.std(ddof=1) * np.sqrt(1 + 1 / 7)
     assert found == pytest.approx(stats.t.sf((1.5 - draws.mean()) / spread, df=6))
 
 
-def test_p_values_of_random_sets_are_uniform() -> None:
+def test_tails_of_random_sets_are_uniform() -> None:
     rng = np.random.default_rng(1)
-    p = proof(rng.normal(size=4000).tolist(), rng.normal(size=(6, 4000))).p_value
+    p = proof(rng.normal(size=4000).tolist(), rng.normal(size=(6, 4000))).tail
     assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_p_values_claim_no_more_than_the_draws_give() -> None:
+    rng = np.random.default_rng(2)
+    ranked = proof(rng.normal(size=6000).tolist(), rng.normal(size=(5, 6000))).p_value
+    counts = np.unique(np.round(ranked * 6).astype(int), return_counts=True)
+    assert counts[0].tolist() == [1, 2, 3, 4, 5, 6]  # nothing below 1/6 ...
+    assert stats.chisquare(counts[1]).pvalue > 0.01  # ... and each as often as the others where there is no effect
+    draws = np.array([[0.1], [0.2], [0.0], [0.1], [0.3]])
+    sure, one = proof([9.0], draws), proof([0.25], draws)
+    assert sure.sentence.endswith("p <= 1/6, as small as 5 draws allow)")
+    assert one.sentence.endswith("p = 2/6)")
+    assert proof([np.nan], draws).evidence == "p unknown"
+
+
+def test_a_set_that_was_drawn_twice_is_evidence_once() -> None:
+    draws = np.array([[0.1], [0.1], [0.0], [0.1], [0.0]])
+    twice = dataclasses.replace(proof([9.0], draws), distinct=2)
+    assert twice.sentence.endswith("p <= 1/3, since only 2 of the draws differ)")
+    assert twice.p_value[0] == pytest.approx(1 / 3)
+    reached = dataclasses.replace(proof([0.05], draws), distinct=2)  # by three draws, of which two may differ
+    assert reached.p_value[0] == 1.0
+    with pytest.raises(ResultError, match="6 of 5 draws differ"):
+        dataclasses.replace(twice, distinct=6)
 
 
 def test_a_proof_holds_only_above_the_random_draws() -> None:

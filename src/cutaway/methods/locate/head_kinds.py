@@ -186,7 +186,7 @@ def _proof(
     if drawer.most == 0:
         return None, [f"no proof: no head is of kind {prove!r}, or there are too few others to compare with"]
     ks = sizes(drawer.most)
-    sets = [drawer.units[:n] for n in ks] + [drawer.draw(n) for _ in range(n_draws) for n in ks]
+    sets = drawer.sets(ks, n_draws)
     drop = torch.zeros(len(sets), dtype=torch.float64)
     answers = [] if random else _answers(model, texts)
     for b in range(len(texts)):
@@ -200,5 +200,12 @@ def _proof(
         drop += (float(ablation.base().logp[0]) - ablation(sets).logp.double()) / (len(ids) * len(texts))
     n = len(ks)
     what = "per token said again" if random else "of the model's answers"
-    proof = proof_of(drop[:n], drop[n:].view(n_draws, n), ks, f"zeroing heads of kind {prove!r}", drawer.matched)
+    proof = proof_of(
+        drop[:n],
+        drop[n:].view(n_draws, n),
+        ks,
+        f"zeroing heads of kind {prove!r}",
+        drawer.matched,
+        distinct=drawer.distinct,
+    )
     return proof, [f"the proof's log p is the mean {what}"]

@@ -16,7 +16,7 @@ from cutaway.core.params import Count, DrawCount, Image, Prompt, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.engine.occlusion import Occlusion
 from cutaway.models.handle import Model
-from cutaway.ops.draws import ROOM, UNASKED, sizes
+from cutaway.ops.draws import ROOM, UNASKED, different, sizes
 from cutaway.ops.hops import Sources, sources
 from cutaway.ops.layout import over_pixels
 from cutaway.ops.parts import unpadded
@@ -268,4 +268,5 @@ def _proof(
         metric=what,
         unit=metric.unit,
         matched="number",
+        distinct=different(sets[2 * len(ks) - 1 :: len(ks)]),
     ), []

@@ -205,7 +205,7 @@ def _proof(
     if drawer.most == 0:
         return None, ["no proof: no head was found, or there are too few others to compare with"]
     ks = sizes(drawer.most)
-    sets: list[Any] = [drawer.units[:k] for k in ks] + [drawer.draw(k) for _ in range(n_draws) for k in ks]
+    sets: list[Any] = [*drawer.sets(ks, n_draws)]
     drop = torch.zeros(len(sets), dtype=torch.float64)
     for prompt in asked:
         ablation = Ablation(model, prompt.inputs, [prompt.gold])
@@ -214,4 +214,5 @@ def _proof(
     notes = (
         [] if drawer.most == len(units) else [f"the proof takes the first {drawer.most}: others must be left to draw"]
     )
-    return proof_of(drop[:n], drop[n:].view(n_draws, n), ks, "zeroing the heads found", drawer.matched), notes
+    random, what = drop[n:].view(n_draws, n), "zeroing the heads found"
+    return proof_of(drop[:n], random, ks, what, drawer.matched, distinct=drawer.distinct), notes

@@ -15,7 +15,7 @@ from cutaway.core.params import Count, DrawCount, Image, Prompt, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.models.handle import Model
 from cutaway.ops.ablation import Ablation
-from cutaway.ops.draws import ROOM, UNASKED, WORTH, proof_of, sizes
+from cutaway.ops.draws import ROOM, UNASKED, WORTH, different, proof_of, sizes
 from cutaway.ops.importance import refuse_same
 from cutaway.ops.parts import take_apart, unpadded
 from cutaway.ops.subkeys import INSERTED, find_values, totals
@@ -186,7 +186,8 @@ def _proof(
     found = ablation([[unit for cell in some for unit in _units(model, cell)] for some in sets])
     drop = float(ablation.base().score[0]) - found.score.double()
     random = drop[len(ks) :].view(n_draws, len(ks))
-    return proof_of(drop[: len(ks)], random, ks, "taking the strongest cells away", "kind", ablation.measures), []
+    what, apart = "taking the strongest cells away", different(sets[2 * len(ks) - 1 :: len(ks)])
+    return proof_of(drop[: len(ks)], random, ks, what, "kind", ablation.measures, apart), []
 
 
 def _pool(model: Model, length: int) -> list[Cell]:

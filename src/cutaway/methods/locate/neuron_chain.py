@@ -195,7 +195,7 @@ def _proof(
     if drawer.most == 0 or not others:
         return None, ["no proof: no neuron brings anything to another, or there are too few others"]
     ks = sizes(drawer.most)
-    sets = [drawer.units[:n] for n in ks] + [drawer.draw(n) for _ in range(n_draws) for n in ks]
+    sets = drawer.sets(ks, n_draws)
     before = _activations(model, inputs, others, ())
     lost = []
     for some in sets:
@@ -211,6 +211,7 @@ def _proof(
             metric="the other neurons' activations",
             unit="of their size",
             matched=drawer.matched,
+            distinct=drawer.distinct,
         ),
         [],
     )

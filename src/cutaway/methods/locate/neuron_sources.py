@@ -233,13 +233,15 @@ def _proof(
     if drawer.most == 0:
         return None, ["no proof: nothing works towards the activation, or there are too few others to compare with"]
     ks = sizes(drawer.most)
-    sets = [drawer.units[:n] for n in ks] + [drawer.draw(n) for _ in range(n_draws) for n in ks]
+    sets = drawer.sets(ks, n_draws)
     before, *after = (_activation(model, batch, unit, some) for some in ([], *sets))
     lost = torch.tensor([(before - each) / (before or 1.0) for each in after], dtype=torch.float64)
     measures = (f"the activation of {unit}", "of it")
     matched = f"{drawer.matched.replace(' and ', ', ')} and position"
     n = len(ks)
-    return proof_of(lost[:n], lost[n:].view(n_draws, n), ks, "zeroing the first parts", matched, measures), []
+    return proof_of(
+        lost[:n], lost[n:].view(n_draws, n), ks, "zeroing the first parts", matched, measures, drawer.distinct
+    ), []
 
 
 def _activation(model: Model, batch: Inputs, unit: Unit, without: list[Unit]) -> float:

@@ -225,10 +225,10 @@ def _proof(
     if drawer.most == 0:
         return None, ["no proof: there are too few other neurons to compare with"]
     ks = sizes(drawer.most)
-    sets = [drawer.units[:n] for n in ks] + [drawer.draw(n) for _ in range(n_draws) for n in ks]
+    sets = drawer.sets(ks, n_draws)
     drop = torch.zeros(len(sets), dtype=torch.float64)
     for row in rows:
         ablation = Ablation(model, row, [int(model(row)[0, -1].argmax())])
         drop += (ablation.base().score - ablation(sets).score).double() / len(rows)
     n = len(ks)
-    return proof_of(drop[:n], drop[n:].view(n_draws, n), ks, ZEROED, drawer.matched, ANSWERS), []
+    return proof_of(drop[:n], drop[n:].view(n_draws, n), ks, ZEROED, drawer.matched, ANSWERS, drawer.distinct), []

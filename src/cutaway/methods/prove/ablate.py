@@ -95,7 +95,7 @@ def ablate(
         raise ParameterError("random draws", f"too few others are there beside {units[0]}", "name fewer components")
     ks = sizes(drawer.most)
     ablation = Ablation(model, run, ids, how, reach, _reference(model, reference), seed)
-    sets = [drawer.units[:k] for k in ks] + [drawer.draw(k) for _ in range(draws) for k in ks]
+    sets = drawer.sets(ks, draws)
     base = ablation.base()
     curves = [("top k away", "random k away", _drops(base, ablation(sets)))]
     if reverse and not by_source:
@@ -134,7 +134,14 @@ def ablate(
         log_x=True,
         labels={"line": tuple(lines)},
         check=_check(ablation, base),
-        proof=proof_of(drop[0, :n], drop[0, n:].view(draws, n), ks, f"{word} the first components", drawer.matched),
+        proof=proof_of(
+            drop[0, :n],
+            drop[0, n:].view(draws, n),
+            ks,
+            f"{word} the first components",
+            drawer.matched,
+            distinct=drawer.distinct,
+        ),
         notes=tuple(notes),
     )
 

@@ -279,9 +279,9 @@ def _proof(told: Explanation, picture: Callable[[str, drawing.Spec], str]) -> It
     for name, proof in proofs.items():
         random = proof.random[:, -1]
         cells = [f"{'✓' if proof.holds else '⚠'} {proof.ks[-1]} {NOUNS.get(name, name)}", f"{proof.effect[-1]:.3g}"]
-        cells += [f"{random.mean():.2g}", f"{random.max():.2g}", f"{proof.p_value[-1]:.2g}", proof.matched]
+        cells += [f"{random.mean():.2g}", f"{random.max():.2g}", proof.evidence, proof.matched]
         rows.append([html.escape(each) for each in cells])
-    yield _table(["taken away", f"drop ({first.unit})", "random, mean", "largest", "p", "matched by"], rows)
+    yield _table(["taken away", f"drop ({first.unit})", "random, mean", "largest", "by rank", "matched by"], rows)
 
 
 def _parts_notes(told: Explanation) -> Iterator[str]:

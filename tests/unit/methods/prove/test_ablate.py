@@ -9,7 +9,7 @@ import cutaway
 from cutaway import specimens
 from cutaway.core.errors import CutawayError, ParameterError, SiteRangeError, SiteSyntaxError
 from cutaway.core.inputs import Inputs
-from cutaway.core.intervention import Mean, Zero
+from cutaway.core.intervention import Apply, Mean, Zero
 from cutaway.data.scenes import Scenes
 from cutaway.methods.locate.neuron_attribution import neuron_attribution
 from cutaway.methods.prove.ablate import ablate
@@ -18,7 +18,7 @@ from cutaway.models.load import load
 from cutaway.models.tiny import tiny
 from cutaway.ops.ablation import Ablation
 from cutaway.ops.draws import Draws, sizes
-from cutaway.ops.units import Unit
+from cutaway.ops.units import INDEXED, Unit
 from cutaway.results.ranking import Ranking
 from tests import architectures
 
@@ -103,6 +103,48 @@ def test_keeping_takes_everything_else():
     found = ablation(model).keeping([kept], [Unit("attn.z", i, 0) for i in range(3)]).logp
     others = [Zero("L0.attn.z[0-2]"), Zero("L1.attn.z[0+2+3]"), Zero("L2.attn.z")]
     assert float(found[0]) == pytest.approx(logp(model, do=others), abs=1e-5)
+
+
+@pytest.mark.parametrize("how", ["zero", "mean"])
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("LlamaForCausalLM", Unit("attn.out", 1, at=2)),
+        ("LlamaForCausalLM", Unit("mlp.out", 1, at=2)),
+        ("LlamaForCausalLM", Unit("attn.z", 1, 2, at=3)),
+        ("LlamaForCausalLM", Unit("attn.z", 1, 0, 5, at=1)),
+        ("LlamaForCausalLM", Unit("mlp.act", 1, 7, at=4)),
+        ("MixtralForCausalLM", Unit("expert.act", 1, 1, 6, at=4)),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_component_at_one_position_is_taken_away_there_alone(name, unit, how):
+    model = Model(tiny(name).hf)
+    site, inner = f"L{unit.layer}.{unit.kind}", tuple(i for i in (unit.number, unit.inner) if i >= 0)
+
+    def by_hand(x, where):
+        y = x.clone()
+        y[(0, unit.at, *inner)] = 0.0 if how == "zero" else x[(0, slice(None), *inner)].mean(0)
+        return y
+
+    plain, wanted = logp(model), logp(model, do=[Apply(site, by_hand)])
+    found = ablation(model, how=how)([[unit], []])
+    assert float(found.logp[0]) == pytest.approx(wanted, abs=1e-5)
+    assert float(found.logp[1]) == pytest.approx(plain, abs=1e-5)
+    if unit.kind in INDEXED:  # not what a whole position would give
+        everything = [unit._replace(number=i) for i in range(4)]
+        assert abs(float(ablation(model, how=how)([everything]).logp[0]) - wanted) > 1e-5
+
+
+def test_draws_of_few_heads_say_how_many_differ():
+    model = Model(tiny("LlamaForCausalLM").hf)
+    heads = model.layers[1].attention.heads
+    drawer = Draws(model, [Unit("attn.z", 1, i) for i in range(heads // 2)], 5, 0)
+    sets = drawer.sets([1, heads // 2], 6)
+    assert sets[:2] == [drawer.units[:1], drawer.units]
+    assert drawer.distinct == 1  # the other half of the layer's heads, every time
+    found = ablate(model, [IDS], sites="L0-2.mlp.act[0]", draws=7)
+    assert found.proof.n_distinct == 7
 
 
 def test_draws_match_layers_and_avoid_what_is_named():
