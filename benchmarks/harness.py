@@ -15,6 +15,28 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
+def gpt2_small(**sizes: int) -> Any:
+    """The plain module of GPT-2 small's shape, or with other ``sizes``, with random weights."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+
+def bare_pass(hf: Any, inputs: Any) -> Callable[[], Any]:
+    """A forward pass of the plain module on ``inputs``, without gradients or a cache: what ratios are taken to."""
+    import torch
+
+    given = inputs.kwargs(hf.device)
+
+    def bare() -> Any:
+        with torch.no_grad():
+            return hf(**given, use_cache=False)
+
+    return bare
+
+
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]],
     runs: int = 7,

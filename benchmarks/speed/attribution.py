@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleaved, keep, medians, ratio
+from benchmarks.harness import bare_pass, gpt2_small, interleaved, keep, medians, ratio
 from cutaway.core.inputs import Inputs
 from cutaway.methods.locate.neuron_attribution import neuron_attribution
 from cutaway.models.handle import Model
@@ -28,14 +28,6 @@ LEVELS = {"neuron": 100, "attention-neuron": 100, "head": 30, "head-position": 3
 BARS = {"neuron": 3.0, "attention-neuron": 10.0, "head": 2.0, "head-position": 2.0}
 SETS = 30  # of neurons that are zeroed; one forward pass for each is what they are compared with
 BRUTE_PART = 0.02  # of the neurons: brute force takes minutes, so this share of it is timed
-
-
-def gpt2() -> Model:
-    """GPT-2 small's shape with random weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    return Model(GPT2LMHeadModel(GPT2Config()).eval(), name="gpt2-small")
 
 
 def brute(model: Model, inputs: Inputs) -> None:
@@ -57,13 +49,7 @@ def measured(model: Model, length: int, runs: int) -> dict[str, Any]:
     """Ratios to a bare forward pass."""
     ids = torch.randint(1000, 30000, (1, length), generator=torch.Generator().manual_seed(length))
     inputs = model.inputs(ids)
-    plain = {"input_ids": ids, "attention_mask": inputs.mask, "use_cache": False}
-
-    def bare() -> None:
-        with torch.no_grad():
-            model.hf(**plain)
-
-    candidates: dict[str, Any] = {"bare": bare}
+    candidates: dict[str, Any] = {"bare": bare_pass(model.hf, inputs)}
     for level in LEVELS:
         candidates[level] = lambda level=level: attribute(model, inputs, level)
     draw = torch.Generator().manual_seed(0)
@@ -106,7 +92,7 @@ def _status(name: str) -> int:
 def main(runs: int = 5) -> None:
     """Measure, print, keep."""
     torch.set_num_threads(1)
-    model = gpt2()
+    model = Model(gpt2_small(), name="gpt2-small")
     model.anatomy()
     figures: dict[str, Any] = {f"T={length}": measured(model, length, runs) for length in LENGTHS}
     longest = model.inputs(torch.arange(max(LENGTHS))[None])

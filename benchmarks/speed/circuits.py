@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import RESULTS, interleaved, keep, medians, peak_mib, ratio
+from benchmarks.harness import RESULTS, gpt2_small, interleaved, keep, medians, peak_mib, ratio
 from cutaway.models.handle import Model
 from cutaway.ops.circuit_runs import CircuitRuns
 from cutaway.ops.edge_scores import BUDGET, edge_scores, path_points
@@ -35,10 +35,7 @@ TIGHT = 2**26
 
 def gpt2(**sizes: int) -> Model:
     """GPT-2 small's shape, or with other sizes, with random weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    return Model(GPT2LMHeadModel(GPT2Config(**sizes)).eval(), name="gpt2-small")
+    return Model(gpt2_small(**sizes), name="gpt2-small")
 
 
 def pairs_of(model: Model, rows: int, length: int, words: range) -> Pairs:

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleaved, keep, medians, ratio
+from benchmarks.harness import bare_pass, interleaved, keep, medians, ratio
 from cutaway.models.handle import Model
 
 LENGTHS = (16, 64, 256)
@@ -49,19 +49,13 @@ def watching(name: str, hf: torch.nn.Module, runs: int) -> dict[str, Any]:
     for length in LENGTHS:
         ids = torch.randint(1000, 30000, (1, length), generator=torch.Generator().manual_seed(length))
         inputs = model.inputs(ids)
-        plain = {"input_ids": ids, "attention_mask": inputs.mask, "use_cache": False}
-
-        def bare(module: torch.nn.Module = hf, plain: dict[str, Any] = plain) -> None:
-            with torch.no_grad():
-                module(**plain)
-
         seconds = interleaved(
             {
-                "bare": bare,
+                "bare": bare_pass(hf, inputs),
                 "unwatched": lambda inputs=inputs: model.trace(inputs),
                 "capture": lambda inputs=inputs: model.trace(inputs, want=CAPTURE),
                 "patterns": lambda inputs=inputs: model.trace(inputs, want="L*.attn.pattern"),
-                "eager": lambda plain=plain: bare(eager, plain),
+                "eager": bare_pass(eager, inputs),
             },
             runs=runs,
             warmup=2,

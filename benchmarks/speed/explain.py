@@ -13,8 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleaved, keep, medians, ratio
-from benchmarks.speed.attribution import gpt2
+from benchmarks.harness import bare_pass, gpt2_small, interleaved, keep, medians, ratio
 from cutaway.explain import explain
 from cutaway.models.handle import Model
 
@@ -27,18 +26,14 @@ def measured(model: Model, length: int, runs: int) -> dict[str, Any]:
     """The explanation's time against a bare forward pass, and what it held."""
     ids = torch.randint(1000, 30000, (1, length), generator=torch.Generator().manual_seed(length))
     inputs = model.inputs(ids)
-    plain = {"input_ids": ids, "attention_mask": inputs.mask, "use_cache": False}
-
-    def bare() -> None:
-        with torch.no_grad():
-            model.hf(**plain)
-
     told: list[Any] = []
 
     def explanation() -> None:
         told[:] = [WHOLE(model, inputs)]
 
-    seconds = interleaved({"bare": bare, "explanation": explanation}, runs=runs, clock=time.process_time)
+    seconds = interleaved(
+        {"bare": bare_pass(model.hf, inputs), "explanation": explanation}, runs=runs, clock=time.process_time
+    )
     return {
         "explanation": ratio(seconds, "explanation", "bare"),
         "seconds": medians(seconds),
@@ -51,7 +46,7 @@ def measured(model: Model, length: int, runs: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, keep."""
     torch.set_num_threads(1)
-    model = gpt2()
+    model = Model(gpt2_small(), name="gpt2-small")
     model.anatomy()
     model(model.inputs(torch.arange(64)[None]))
     gc.collect()

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import RESULTS, interleaved, keep, medians, ratio
-from benchmarks.speed.sweeps import gpt2, head_cells, loop, prompts, put
+from benchmarks.harness import RESULTS, bare_pass, gpt2_small, interleaved, keep, medians, ratio
+from benchmarks.speed.sweeps import head_cells, loop, prompts, put
 from cutaway import catalog
 from cutaway.core.metric import Metric
 from cutaway.engine.estimate import estimate
@@ -51,14 +51,10 @@ KINDS = (("resid_pre", "position"), ("attn.z", "head"), ("attn.q", "head"), ("at
 
 def estimates(length: int, rounds: int) -> dict[str, Any]:
     """Seconds of a bare forward pass, and of estimates as multiples of it."""
-    model = Model(gpt2())
+    model = Model(gpt2_small())
     base, other = map(model.inputs, prompts(length))
     exchange = Exchange.of(model, other, base, METRIC, "clean->corrupt")
     sites = model.expand(SITES)
-
-    def bare() -> None:
-        with torch.no_grad():
-            model.hf(**base.kwargs(model.device), use_cache=False)
 
     def gradients() -> None:
         with differentiable(model, exchange.receiver, sites) as run:
@@ -68,7 +64,7 @@ def estimates(length: int, rounds: int) -> dict[str, Any]:
         catalog.run("attribution_patching", model, clean=other, corrupt=base, metric=METRIC, draws=0, **more)
 
     candidates = {
-        "bare": bare,
+        "bare": bare_pass(model.hf, base),
         "gradients of all heads and neurons": gradients,
         "estimates of all heads and neurons": lambda: estimate(model, exchange, sites),
         "estimates of all heads and neurons, 5 steps": lambda: estimate(model, exchange, sites, 5),
@@ -108,7 +104,7 @@ def truth() -> dict[str, Any]:
 
 def heads(length: int, rounds: int) -> dict[str, Any]:
     """The sweep over every head, against one bare pass with one hook per head."""
-    model = Model(gpt2())
+    model = Model(gpt2_small())
     base, other = map(model.inputs, prompts(length))
     cells = head_cells(model, base, other)
 
@@ -162,7 +158,7 @@ def three_passes(hf: nn.Module, exchange: Exchange, layer: int, head: int, sende
 
 def paths(length: int, rounds: int, layer: int = 9, head: int = 6, timed: int = 12) -> dict[str, Any]:
     """All heads to the queries of one head, against the same pair by pair; some pairs are timed and scaled to all."""
-    model = Model(gpt2())
+    model = Model(gpt2_small())
     base, other = map(model.inputs, prompts(length))
     exchange = Exchange.of(model, other, base, METRIC, "clean->corrupt")
     blocks = model.hf.transformer.h

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import interleaved, keep, medians
+from benchmarks.harness import gpt2_small, interleaved, keep, medians
 from cutaway.core.inputs import Inputs
 from cutaway.core.intervention import Intervention, Set
 from cutaway.core.metric import Metric
@@ -40,14 +40,6 @@ WHOLE = 4096
 """Tokens, over all passes of a loop, up to which it is timed whole."""
 BLOCK = 256
 """Neurons of a block."""
-
-
-def gpt2() -> nn.Module:
-    """GPT-2 small's shape, random weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config()).eval()
 
 
 def llama_config() -> Any:
@@ -400,12 +392,12 @@ def main() -> None:
         }
         return hf, base, cells, {}
 
-    sweep("gpt2 residual T=16", lambda: residual(gpt2(), 16, peers=True, counted=True))
-    sweep("gpt2 residual T=64", lambda: residual(gpt2(), 64, counted=True))
-    sweep("gpt2 residual T=64, prompts equal before 32", lambda: residual(gpt2(), 64, 32))
-    sweep("gpt2 heads T=16", lambda: inside(gpt2(), 16, head_cells))
-    sweep("gpt2 neuron blocks T=16", lambda: inside(gpt2(), 16, neuron_cells))
-    sweep("gpt2 pairs of a head and a position T=16", lambda: inside(gpt2(), 16, pair_runs))
+    sweep("gpt2 residual T=16", lambda: residual(gpt2_small(), 16, peers=True, counted=True))
+    sweep("gpt2 residual T=64", lambda: residual(gpt2_small(), 64, counted=True))
+    sweep("gpt2 residual T=64, prompts equal before 32", lambda: residual(gpt2_small(), 64, 32))
+    sweep("gpt2 heads T=16", lambda: inside(gpt2_small(), 16, head_cells))
+    sweep("gpt2 neuron blocks T=16", lambda: inside(gpt2_small(), 16, neuron_cells))
+    sweep("gpt2 pairs of a head and a position T=16", lambda: inside(gpt2_small(), 16, pair_runs))
     sweep("llama-gqa residual T=16", lambda: residual(llama(), 16))
     sweep("llama-gqa residual T=64", lambda: residual(llama(), 64))
     sweep("llava residual, 64 patches then 12 tokens", lambda: pictured(64, 12))
