@@ -228,7 +228,7 @@ def with_state(out: Any, state: Tensor) -> Any:
 
 def traces(length: int, rounds: int, noises: int = 5, timed: int = 6) -> dict[str, Any]:
     """States restored one by one under noise on two tokens; some cells of the loops are timed and scaled to all."""
-    model = Model(gpt2())
+    model = Model(gpt2_small())
     ids, subject = prompts(length)[0], [1, 2]
     blocks, embed = model.hf.transformer.h, model.hf.get_input_embeddings()
     found: dict[str, Any] = {}

@@ -73,7 +73,7 @@ def run(record: Method, model: str, params: dict[str, Any], given: Mapping[str, 
     """The method's result, delivered; ``given`` holds what every command has."""
     delivery = picked(Delivery, given)
     record.bind((), params)
-    check_targets(delivery)
+    check_targets(delivery, record.kind)
     result = record.run(picked(Loading, given).model(model), **params)
     deliver(result, delivery)
     return result

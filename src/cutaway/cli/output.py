@@ -79,13 +79,19 @@ def show_rows(rows: Sequence[Any], as_json: bool) -> None:
     console.print(table)
 
 
-def check_targets(delivery: Delivery) -> None:
-    """ResultError when one of the places to write to cannot take a result: known before the run, not after it."""
+def check_targets(delivery: Delivery, kind: type[Result] = Result) -> None:
+    """ResultError when one of the places to write to cannot take a result: known before the run, not after it.
+
+    ``kind`` is that of the result, where it is known before.
+    """
     from cutaway.core.result_file import OURS
-    from cutaway.results.graph import FOREIGN
-    from cutaway.results.kind import WRITERS
+    from cutaway.results.graph import Graph
+    from cutaway.results.kind import FOREIGN, WRITERS
 
     for path in delivery.places:
+        if path.name.endswith(FOREIGN) and not (issubclass(kind, Graph) or issubclass(Graph, kind)):
+            found = f"what comes out is a {kind.__name__}, and only graphs have that form"
+            raise ResultError(f"writing {str(path)!r}", found, f"use one of {', '.join(WRITERS)}")
         if path.suffix and path.suffix not in WRITERS and not path.name.endswith(FOREIGN):
             hint = f"use one of {', '.join(WRITERS)}, or a name without a dot for a folder"
             raise ResultError(f"writing {str(path)!r}", f"there is no writer for {path.suffix!r}", hint)

@@ -80,7 +80,7 @@ def compare(ours: Result, theirs: Result, rtol: float, atol: float) -> Differenc
     elif ours.check or theirs.check:
         values("check", ours.check, theirs.check)
     if ours.proof and theirs.proof:
-        for name in ("ablated", "ks", "metric", "unit", "matched"):
+        for name in ("ablated", "ks", "metric", "unit", "matched", "n_distinct"):
             values(f"proof {name}", getattr(ours.proof, name), getattr(theirs.proof, name))
         numbers("proof effect", ("k",), ours.proof.effect, theirs.proof.effect)
         numbers("proof random", ("draw", "k"), ours.proof.random, theirs.proof.random)

@@ -242,3 +242,11 @@ def require_same_length(clean: Inputs, corrupt: Inputs, first: int = 0) -> None:
             )
     if len(clean) != len(corrupt):
         raise MismatchError("clean and corrupt prompts", f"{len(clean)} and {len(corrupt)} rows", "give equal numbers")
+
+
+def require_difference(clean: Inputs, corrupt: Inputs) -> None:
+    """MismatchError when the two runs are one and the same, so that nothing of one would change the other."""
+    if clean.digest == corrupt.digest:
+        text = "".join(clean.tokens[0]).strip()
+        hint = "let them differ in what the answer hangs on"
+        raise MismatchError("clean and corrupt prompts", f"they are the same: {text[:60]!r}", hint)

@@ -163,7 +163,8 @@ def open_result(path: str | Path) -> Result:
     except (OSError, ValueError, RecursionError) as error:
         raise ResultError(asked, f"{source.name} is damaged or not JSON ({error})") from None
     if not isinstance(head, dict) or not isinstance(head.get("cutaway_result"), int):
-        raise ResultError(asked, f"{source.name} is not a Cutaway result")
+        hint = "'cutaway convert' reads circuits and graphs of others"
+        raise ResultError(asked, f"{source.name} is not a Cutaway result", hint)
     if head["cutaway_result"] > SCHEMA:
         found = f"it has format {head['cutaway_result']}, this Cutaway reads up to {SCHEMA}"
         raise ResultError(asked, found, "upgrade Cutaway")

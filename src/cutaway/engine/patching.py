@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cutaway.core.errors import InputError, MismatchError, ParameterError, SiteMissingError
-from cutaway.core.inputs import Inputs, require_same_length
+from cutaway.core.inputs import Inputs, require_difference, require_same_length
 from cutaway.core.intervention import Set
 from cutaway.core.metric import Metric
 from cutaway.core.site import Items, Site
@@ -79,6 +79,7 @@ class Exchange:
         if len(runs[0]) != 1 or len(runs[1]) != 1:
             raise InputError("an exchange", f"{len(runs[0])} and {len(runs[1])} prompts", "give one of each")
         require_same_length(*runs)
+        require_difference(*runs)
         chosen = answers_apart(model, *runs, number) if metric is None else metric
         prompt = runs[1] if direction == "clean->corrupt" else runs[0]
         giver, receiver = (chosen.prepare(run) for run in (runs if direction == "clean->corrupt" else runs[::-1]))
@@ -95,6 +96,7 @@ class Exchange:
 
 def answers_apart(model: Model, clean: Inputs, corrupt: Inputs, number: int | None = None) -> Metric:
     """The logit difference of the two prompts' own answers."""
+    model.anatomy()  # weights that are no numbers have no answers
     first, second = (int(model(run)[0, run.last[0]].argmax()) for run in (clean, corrupt))
     if first == second:
         which = "" if number is None else f" of pair {number}"

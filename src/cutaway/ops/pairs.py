@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cutaway.core.errors import MismatchError, ParameterError, UnsupportedError
-from cutaway.core.inputs import Inputs, require_same_length
+from cutaway.core.inputs import Inputs, require_difference, require_same_length
 from cutaway.core.metric import Metric
 from cutaway.ops.watched import WatchedModel
 
@@ -108,6 +108,7 @@ class Pairs:
             require_same_length(clean, corrupt)
             if clean.ids.shape != corrupt.ids.shape or not torch.equal(clean.mask, corrupt.mask):
                 raise MismatchError("pairs of prompts", "clean and corrupt ones are padded differently", "give texts")
+            require_difference(clean, corrupt)
         require_measure(len(clean), metric, answers, rivals)
         measure = Measure(metric, tuple(answers or ()), tuple(rivals or ()))
         return Pairs(measure.prepare(clean), None if corrupt is None else measure.prepare(corrupt), measure)

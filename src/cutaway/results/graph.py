@@ -11,14 +11,12 @@ import numpy as np
 from cutaway.core.errors import ResultError
 from cutaway.core.result import Array, columns_over, over
 from cutaway.results import drawing
-from cutaway.results.kind import Kind
+from cutaway.results.kind import FOREIGN, Kind, no_options
 
 if TYPE_CHECKING:
     import networkx
     import pandas
 
-FOREIGN = (".circuit.json", ".attribution.json", ".pt")
-"""Endings of files in the formats of others: see ``cutaway.results.graph_formats``."""
 EDGES = 200  # more strokes than this hide each other
 
 
@@ -83,7 +81,8 @@ class Graph(Kind, kind="graph"):
 
     def write(self, path: str | Path, **options: Any) -> Path:
         """As every result; the endings ``.circuit.json``, ``.pt`` and ``.attribution.json`` are formats of others."""
-        if Path(path).name.endswith(FOREIGN) and not options:
+        if Path(path).name.endswith(FOREIGN):
+            no_options(options, Path(path).suffix)
             from cutaway.results.graph_formats import write_foreign
 
             return write_foreign(self, Path(path))

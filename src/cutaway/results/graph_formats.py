@@ -23,7 +23,8 @@ import numpy as np
 from cutaway.core.errors import CutawayError, ResultError
 from cutaway.ops.wiring import EMBED, LOGITS, Wiring
 from cutaway.results.circuit_files import circuit_json, circuit_pt, from_circuit_json, from_circuit_pt
-from cutaway.results.graph import FOREIGN, Graph
+from cutaway.results.graph import Graph
+from cutaway.results.kind import FOREIGN
 from cutaway.results.layout import ranks
 
 PARTS = ("metadata", "qParams", "nodes", "links")

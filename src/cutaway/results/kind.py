@@ -120,6 +120,8 @@ class Kind(Result):
 
     def write(self, path: str | Path, **options: Any) -> Path:
         path = Path(path)
+        if path.name.endswith(FOREIGN):
+            raise ResultError(f"writing {str(path)!r}", f"a {self.kind} has no such form", "only graphs have it")
         if path.suffix not in WRITERS:
             found = f"no writer for the suffix {path.suffix!r}"
             raise ResultError(f"writing {str(path)!r}", found, f"use one of {', '.join(WRITERS)}")
@@ -149,20 +151,23 @@ def _html(result: Kind, **options: Any) -> bytes:
 
 
 def _csv(result: Kind, **options: Any) -> bytes:
-    _no_options(result, options, ".csv")
+    no_options(options, ".csv")
     return str(result.table().to_csv(index=False)).encode("utf-8", "backslashreplace")
 
 
 def _json(result: Kind, **options: Any) -> bytes:
-    _no_options(result, options, ".json")
+    no_options(options, ".json")
     return to_json(result).encode()
 
 
-def _no_options(result: Kind, options: dict[str, Any], suffix: str) -> None:
+def no_options(options: dict[str, Any], suffix: str) -> None:
+    """ResultError when a form that is no picture is asked for with a picture's options."""
     if options:
         raise ResultError(f"writing {suffix} with {', '.join(options)}", "it holds every number and no picture")
 
 
+FOREIGN = (".circuit.json", ".attribution.json", ".pt")
+"""Endings of the formats of others, which graphs alone are written in."""
 WRITERS = {".html": _html, ".png": _png, ".svg": _svg, ".json": _json, ".csv": _csv}
 
 

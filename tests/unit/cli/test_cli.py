@@ -143,6 +143,8 @@ def test_results_are_written_opened_and_made_again(capsys: pytest.CaptureFixture
 def test_a_place_that_cannot_be_written_is_known_before_the_run(asked: Ask, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["glance", "here", "--prompt", "cat", "--out", "a.pdf"]) == 1
     assert "no writer for '.pdf'" in capsys.readouterr().err
+    assert main(["glance", "here", "--prompt", "cat", "--out", "a.circuit.json"]) == 1
+    assert "what comes out is a Grid, and only graphs have that form" in capsys.readouterr().err
     Path("taken").mkdir()
     Path("taken/x").touch()
     assert main(["glance", "here", "--prompt", "cat", "--out", "taken"]) == 1

@@ -275,6 +275,16 @@ def test_damage_is_one_clear_sentence(tmp_path: Path, harm: Callable[[Path], obj
     assert "\n" not in str(caught.value)
 
 
+def test_only_graphs_are_written_in_the_forms_of_others(tmp_path: Path) -> None:
+    for name in ("a.circuit.json", "a.attribution.json", "a.pt"):
+        with pytest.raises(ResultError, match="a grid has no such form; only graphs have it"):
+            grid().write(tmp_path / name)
+    (tmp_path / "theirs.circuit.json").write_text('{"cfg": {}, "edges": {}}')
+    with pytest.raises(ResultError, match="is not a Cutaway result; 'cutaway convert' reads circuits and graphs"):
+        open_result(tmp_path / "theirs.circuit.json")
+    assert [each.name for each in tmp_path.iterdir()] == ["theirs.circuit.json"]
+
+
 def test_opening_nothing_says_so(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match="no such folder or file"):
         open_result(tmp_path / "missing")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cutaway import catalog, specimens
-from cutaway.core.errors import MismatchError, ParameterError, TokenError
+from cutaway.core.errors import MismatchError, ParameterError, TokenError, WeightsError
 from cutaway.models.load import load
 from cutaway.results import Grid
 from tests.architectures import fresh, inputs, model
@@ -26,6 +26,22 @@ def estimated(of: Any, **params: Any) -> Grid:
     assert found.check is not None
     assert found.check.holds, str(found.check)
     return found
+
+
+@pytest.mark.parametrize("method", ["attribution_patching", "patch", "edges", "faithfulness"])
+def test_two_runs_that_are_the_same_are_refused(method: str) -> None:
+    given = {"clean": CLEAN, "corrupt": CLEAN, "metric": "logit_diff: #11, #22"}
+    with pytest.raises(MismatchError, match="clean and corrupt prompts: they are the same: '#70#71#72#73#74#75'"):
+        catalog.run(method, model("dense"), **given)
+
+
+@pytest.mark.parametrize("method", ["attribution_patching", "patch"])
+def test_weights_that_are_no_numbers_are_told_before_their_answers(method: str) -> None:
+    broken = fresh("dense")
+    with torch.no_grad():
+        next(p for n, p in broken.hf.named_parameters() if "mlp" in n).view(-1)[3] = float("nan")
+    with pytest.raises(WeightsError, match="holds NaN or infinite values"):
+        catalog.run(method, broken, clean=CLEAN, corrupt=CORRUPT)
 
 
 def by_hand(kind: str, layer: int) -> Tensor:
