@@ -156,12 +156,12 @@ def test_flags_of_the_weights_stay() -> None:
     ("params", "error", "sentence"),
     [
         ({"corrupt": [70, 90, 72]}, MismatchError, r"row 0 has 6 and 3 tokens, first different at position 1: \['#71'"),
-        ({"corrupt": CLEAN, "normalise": True}, ParameterError, "both runs give"),
+        ({"metric": "logit_diff: #11, #22 @0", "normalise": True}, ParameterError, "both runs give"),
         ({"metric": "logit_diff: #11, #999999"}, TokenError, "999999"),
         ({"metric": "accuracy: #11"}, ParameterError, "use logit_diff"),
         ({"kind": "resid_pre", "by": "head"}, ParameterError, "choose kind attn.q or attn.k"),
         ({"draws": 3}, ParameterError, "give at least 5, or 0"),
-        ({"corrupt": CLEAN, "metric": None}, ParameterError, "both prompts are answered with"),
+        ({"corrupt": [63, *CLEAN[1:]], "metric": None}, ParameterError, "both prompts are answered with"),
     ],
 )
 def test_what_cannot_be_estimated_says_why(params: dict[str, Any], error: type[Exception], sentence: str) -> None:

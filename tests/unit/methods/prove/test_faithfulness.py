@@ -111,6 +111,8 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence() -> None:
     with pytest.raises(MismatchError, match="12 heads in all; this one has 3 layers of 4 heads \\(2 with keys"):
         faithfulness(model("grouped-query"), graph=edges(of))
     with pytest.raises(ParameterError, match="both the clean run and the one with everything replaced"):
+        faithfulness(of, metric="logit_diff: #11, #22 @0")  # before the two differ
+    with pytest.raises(MismatchError, match="clean and corrupt prompts: they are the same"):
         faithfulness(of, corrupt=GIVEN["clean"])
     apart = edges(of).replace(source=[0], target=[1], weight=[1.0], edge_columns={"into": ["q"]})
     with pytest.raises(ResultError, match="none of its 1 edges lies on a path from the embedding to the logits"):

@@ -164,7 +164,8 @@ def test_two_images_and_one_question(name: str) -> None:
     ("params", "error", "sentence"),
     [
         ({"corrupt": [70, 90, 72]}, MismatchError, r"row 0 has 6 and 3 tokens, first different at position 1: \['#71'"),
-        ({"corrupt": CLEAN}, ParameterError, "both runs give"),
+        ({"corrupt": CLEAN}, MismatchError, "they are the same"),
+        ({"metric": "logit_diff: #11, #22 @0"}, ParameterError, "both runs give"),
         ({"kind": "resid_pre", "by": "head"}, ParameterError, "choose kind attn.q or attn.k"),
         ({"kind": "attn.z", "by": "neurons"}, ParameterError, "choose kind mlp.act"),
         ({"kind": "resid"}, ParameterError, "'resid_pre'"),

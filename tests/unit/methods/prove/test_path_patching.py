@@ -353,7 +353,8 @@ def test_the_strongest_senders_beat_random_ones(direction: str) -> None:
     ("params", "error", "sentence"),
     [
         ({"corrupt": [70, 90, 72]}, MismatchError, "row 0 has 6 and 3 tokens, first different at position 1"),
-        ({"corrupt": CLEAN, "normalise": True}, ParameterError, "both runs give"),
+        ({"corrupt": CLEAN}, MismatchError, "they are the same"),
+        ({"metric": "logit_diff: #11, #22 @0", "normalise": True}, ParameterError, "both runs give"),
         ({"metric": "logit_diff: #11, #999999"}, TokenError, "999999"),
         ({"receivers": "L1.attn.z[0]"}, ParameterError, "a path ends in the queries"),
         ({"receivers": "L1.attn.w"}, LookupError, "there is no kind 'attn.w'"),

@@ -271,7 +271,8 @@ def test_paths_of_unequal_lengths_are_averaged() -> None:
         ({"answers": [11, 12, 13], "rivals": [1]}, MismatchError, "rivals: 1 tokens for 3 prompts"),
         ({"answers": [11, 12, 13], "metric": DIFF}, ParameterError, "they are given together"),
         ({"rivals": [11, 12, 13]}, ParameterError, "neither is given"),
-        ({"corrupt": CLEAN, "metric": DIFF}, ParameterError, "both runs give .* on average over 3 pairs"),
+        ({"corrupt": CLEAN, "metric": DIFF}, MismatchError, "they are the same"),
+        ({"metric": f"{DIFF} @0"}, ParameterError, "both runs give .* on average over 3 pairs"),  # before they differ
         ({"clean": [*CLEAN[:2], "f m d"], "metric": DIFF}, ParameterError, "it mixes texts and token ids"),
     ],
 )
