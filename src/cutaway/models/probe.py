@@ -241,7 +241,7 @@ class Probe:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and torch.equal(a, b))
+    return a is b or (a.shape == b.shape and torch.equal(a.to(b.device), b))
 
 
 def _is_projector(path: str, stacks: Mapping[str, Sequence[str]]) -> bool:
