@@ -37,7 +37,8 @@ EACH = pytest.mark.parametrize("method", METHODS)
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 FOLDERS = {"llava": "llava", "qwen-vl": "qwen2_5_vl"}
 HALF = 0.15
-"""How far a number may move in bfloat16, against the spread of its array."""
+"""How far a number may move in bfloat16, against the spread of its array; against that of the result's largest array
+where there are too few numbers for a spread, such as areas under its curves."""
 
 
 class Outcome(NamedTuple):
@@ -230,9 +231,11 @@ def test_bfloat16_is_near(method: str, name: str) -> None:
     assert half.made_by.dtype == "bfloat16"
     ours, theirs = exact.arrays(), half.arrays()
     assert ours.keys() == theirs.keys()
+    largest = max((data for data in ours.values() if data.dtype.kind == "f"), key=lambda data: data.size)
     for array, data in ours.items():
         if data.dtype.kind == "f" and data.shape == theirs[array].shape:
-            spread = float(np.nanmax(data) - np.nanmin(data)) or 1.0
+            whole = data if np.isfinite(data).sum() > 2 else largest
+            spread = float(np.nanmax(whole) - np.nanmin(whole)) or 1.0
             assert np.nanmedian(np.abs(data - theirs[array])) <= HALF * spread, array
 
 
