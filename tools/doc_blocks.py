@@ -169,6 +169,35 @@ def circuit_refusals() -> str:
     return table(["why", "classes"], [[why, ", ".join(names)] for why, names in sorted(reasons.items())])
 
 
+def methods_support() -> str:
+    """On how many classes of each task each method runs."""
+    found = figures("methods")["counts"]
+    names = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
+    rows = []
+    for name in names:
+        cells = []
+        for by_name in found.values():
+            n = by_name.get(name)
+            whole = sum(n.values()) if n else 0
+            cells += (
+                [f"{n['ran']} of {whole}", f"{n['ran'] / whole:.0%}", str(n["failed"] or "")] if n else ["", "", ""]
+            )
+        rows.append([f"[`{name}`](methods/{name}.md)", *cells])
+    heads = [head for task in found for head in (task, "share", "fails")]
+    return table(["method", *heads], rows)
+
+
+def methods_refused() -> str:
+    """Every class on which a method does not run, with the reason."""
+    rows = []
+    for each in figures("methods")["classes"]:
+        said = [f"{', '.join(names)}: {why}" for why, names in each["refused"].items()]
+        said += [f"{', '.join(names)} *fails*: {why}" for why, names in each["failed"].items()]
+        if said or "error" in each:
+            rows.append([f"`{each['class']}`", each["task"], "<br>".join(said) or each["error"]])
+    return table(["class", "task", "what does not run, and why"], rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "error tree": error_tree,
     "error classes": error_classes,
@@ -182,5 +211,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "support table": support_table,
     "circuit counts": circuit_counts,
     "circuit refusals": circuit_refusals,
+    "methods support": methods_support,
+    "methods refused": methods_refused,
     **docs_from_code.method_blocks(),
 }
