@@ -44,7 +44,7 @@ from cutaway.results.explanation import Explanation
 
 NOTE = "the methods' examples, with their proofs, on tiny models with random weights"
 BATCH = 12  # classes that share a process
-LIMIT = 120.0  # seconds that a class may take, before its process is ended
+LIMIT = 300.0  # seconds that a class may take, before its process is ended
 SIDE = 16  # pixels, of the image that image_patches draws on
 IMAGE_TEXT = TASKS[1]
 ELSEWHERE = ("aggregate", "edges", "faithfulness")
@@ -190,6 +190,7 @@ def work(methods: Mapping[str, Method]) -> None:
     warnings.simplefilter("ignore")  # strangers' models warn about their own insides
     transformers.logging.set_verbosity_error()
     out, sys.stdout = sys.stdout, sys.stderr
+    print("ready", file=out, flush=True)
     for line in sys.stdin:
         print(json.dumps(survey_class(*json.loads(line), methods)), file=out, flush=True)
 
@@ -227,6 +228,7 @@ def _batch(pairs: Sequence[tuple[str, str]], names: Sequence[str]) -> Iterator[d
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         stdin: Any = process.stdin
         stdout: Any = process.stdout
+        stdout.readline()  # imports are no class's time
         for class_name, task in list(pairs):
             timer = threading.Timer(LIMIT, process.kill)
             timer.start()

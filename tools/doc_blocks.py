@@ -184,7 +184,10 @@ def methods_support() -> str:
             )
         rows.append([f"[`{name}`](methods/{name}.md)", *cells])
     heads = [head for task in found for head in (task, "share", "fails")]
-    return table(["method", *heads], rows)
+    classes = figures("methods")["classes"]
+    built = sum("error" not in each for each in classes)
+    said = f"{len(classes)} of the {len(figures('architectures')['classes'])} classes were asked; {built} can be built."
+    return f"{said}\n\n{table(['method', *heads], rows)}"
 
 
 def methods_refused() -> str:

@@ -37,7 +37,8 @@ class Readout:
     def vocabulary(self) -> int:
         """Tokens that the head scores."""
         head: Any = self.model.hf.get_output_embeddings()  # type: ignore[operator]
-        return self.model.encoder.vocabulary_size if head is None else int(head.weight.shape[0])
+        weight = getattr(head, "weight", None)  # Blip names no head, Musicgen several
+        return self.model.encoder.vocabulary_size if weight is None else int(weight.shape[0])
 
     @property
     def few(self) -> bool:

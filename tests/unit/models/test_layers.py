@@ -15,6 +15,7 @@ from cutaway.methods.locate.in_context_heads import in_context_heads
 from cutaway.methods.locate.neuron_attribution import neuron_attribution
 from cutaway.methods.locate.neuron_chain import neuron_chain
 from cutaway.methods.locate.neuron_sources import neuron_sources
+from cutaway.methods.prove.attribution_patching import attribution_patching
 from cutaway.methods.prove.path_patching import path_patching
 from cutaway.methods.see.attention_pattern import attention_pattern
 from cutaway.models.doctor import examine
@@ -274,3 +275,10 @@ def test_random_tokens_are_those_that_are_scored() -> None:
     of, _ = with_image("Molmo2ForConditionalGeneration")
     assert of.encoder.vocabulary_size > max(plain_ids(of)) + 1
     assert head_kinds(of, count=2, length=6, tokens=20, draws=0).check.holds  # type: ignore[union-attr]
+
+
+def test_a_model_with_several_heads_is_patched_by_attribution() -> None:
+    found = attribution_patching(
+        model("MusicgenForCausalLM"), "#5 #9 #6 #7", "#5 #4 #6 #7", metric="logit_diff: #11, #22", draws=0
+    )
+    assert found.check.holds  # type: ignore[union-attr]
