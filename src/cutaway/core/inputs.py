@@ -215,16 +215,37 @@ class Inputs:
     @property
     def digest(self) -> str:
         """Short hash of everything the model reads."""
-        h = hashlib.sha256()
-        for name, value in sorted({"ids": self.ids, "mask": self.mask, **self.extra}.items()):
-            h.update(name.encode())
-            if isinstance(value, Tensor):
-                plain = value.detach().cpu().contiguous()
-                h.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-                h.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-            else:
-                h.update(repr(value).encode())
-        return h.hexdigest()[:16]
+        return _hash({"ids": self.ids, "mask": self.mask, **self.extra})
+
+    @property
+    def row_digests(self) -> list[str]:
+        """Short hash of what the model reads of each row, padding aside; images of several rows count as a whole."""
+        whole = {} if len(self) == 1 else {k: v for k, v in self.extra.items() if not self._per_token(v)}
+        text = replace(self, extra={k: v for k, v in self.extra.items() if k not in whole}, grids=())
+        rows = [text.row(b) for b in range(len(self))]
+        images = _hash(whole)
+        return [
+            _hash({"ids": row.ids, **{k: v for k, v in row.extra.items() if not _counts(k, v)}}) + images
+            for row in rows
+        ]
+
+
+def _counts(name: str, value: Any) -> bool:
+    """Whether an input says no more than that tokens follow each other, as is said beside padding on the left."""
+    return name == "position_ids" and torch.equal(value.flatten().long().cpu(), torch.arange(value.numel()))
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    h = hashlib.sha256()
+    for name, value in sorted(values.items()):
+        h.update(name.encode())
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().contiguous()
+            h.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+            h.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            h.update(repr(value).encode())
+    return h.hexdigest()[:16]
 
 
 def require_same_length(clean: Inputs, corrupt: Inputs, first: int = 0) -> None:
@@ -244,9 +265,16 @@ def require_same_length(clean: Inputs, corrupt: Inputs, first: int = 0) -> None:
         raise MismatchError("clean and corrupt prompts", f"{len(clean)} and {len(corrupt)} rows", "give equal numbers")
 
 
-def require_difference(clean: Inputs, corrupt: Inputs) -> None:
-    """MismatchError when the two runs are one and the same, so that nothing of one would change the other."""
-    if clean.digest == corrupt.digest:
-        text = "".join(clean.tokens[0]).strip()
-        hint = "let them differ in what the answer hangs on"
-        raise MismatchError("clean and corrupt prompts", f"they are the same: {text[:60]!r}", hint)
+def require_difference(clean: Inputs, corrupt: Inputs, first: int = 0) -> None:
+    """MismatchError naming a row (counted from ``first``) that is one and the same in both.
+
+    Nothing of one run would change the other; among other pairs it would move their mean, or make it look surer than
+    it is.
+    """
+    for b, (one, other) in enumerate(zip(clean.row_digests, corrupt.row_digests, strict=True)):
+        if one == other:
+            text = "".join(clean.tokens[b][p] for p in clean.real[b]).strip()
+            hint = "let them differ in what the answer hangs on"
+            raise MismatchError(
+                "clean and corrupt prompts", f"they are the same in row {first + b}: {text[:60]!r}", hint
+            )

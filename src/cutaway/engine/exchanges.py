@@ -8,16 +8,14 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from cutaway.core.inputs import Inputs, require_same_length
+from cutaway.core.inputs import Inputs, require_difference, require_same_length
 from cutaway.core.metric import Metric
 from cutaway.core.site import Site
 from cutaway.engine.patching import Direction, Exchange
 from cutaway.models.handle import Model
-from cutaway.ops.pairs import require_measure, require_pairs
+from cutaway.ops.pairs import OWN, require_measure, require_pairs
 
 T = TypeVar("T")
-OWN = {"logit_diff": "logit of the answer less its rival's", "logprob": "log p(answer)", "prob": "p(answer)"}
-"""What metrics are called that differ in their tokens alone."""
 
 
 def exchanges(
@@ -33,7 +31,8 @@ def exchanges(
     """One exchange per pair of prompts; images go with every pair. See ``Exchange.of`` and ``metrics_of``.
 
     Raises:
-        MismatchError: unequal numbers of prompts or tokens, or a pair of unequal length, with its row and its tokens.
+        MismatchError: unequal numbers of prompts or tokens, or a pair of unequal length or of one prompt twice, with
+            its row and its tokens.
         ParameterError: a metric and answers together, or a pair whose prompts have one answer when neither is given.
     """
     first = rows_of(model, clean, images[0])
@@ -41,6 +40,7 @@ def exchanges(
     require_pairs(len(first), len(second))
     for row, (one, other) in enumerate(zip(first, second, strict=True)):
         require_same_length(one, other, row)
+        require_difference(one, other, row)
     metrics = metrics_of(model, len(first), metric, answers, rivals)
     several = len(first) > 1
     return [
@@ -52,7 +52,7 @@ def exchanges(
 def rows_of(model: Model, prompts: Any, image: Any = None) -> list[Inputs]:
     """One row of inputs, without padding, for each of several prompts; the image goes with each."""
     if isinstance(prompts, Inputs):
-        return [prompts] if len(prompts) == 1 else [prompts.row(b) for b in range(len(prompts))]
+        return [prompts.row(b) for b in range(len(prompts))] if prompts.padded or len(prompts) > 1 else [prompts]
     return [model.inputs(prompt, image) for prompt in prompts]
 
 

@@ -78,8 +78,8 @@ class Exchange:
         runs = (model.inputs(clean, pictures[0]), model.inputs(corrupt, pictures[1]))
         if len(runs[0]) != 1 or len(runs[1]) != 1:
             raise InputError("an exchange", f"{len(runs[0])} and {len(runs[1])} prompts", "give one of each")
-        require_same_length(*runs)
-        require_difference(*runs)
+        require_same_length(*runs, number or 0)
+        require_difference(*runs, number or 0)
         chosen = answers_apart(model, *runs, number) if metric is None else metric
         prompt = runs[1] if direction == "clean->corrupt" else runs[0]
         giver, receiver = (chosen.prepare(run) for run in (runs if direction == "clean->corrupt" else runs[::-1]))

@@ -17,6 +17,9 @@ from cutaway.core.inputs import Inputs, require_difference, require_same_length
 from cutaway.core.metric import Metric
 from cutaway.ops.watched import WatchedModel
 
+OWN = {"logit_diff": "logit of the answer less its rival's", "logprob": "log p(answer)", "prob": "p(answer)"}
+"""What metrics are called that differ in their tokens alone."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -39,7 +42,7 @@ class Measure:
     def __str__(self) -> str:
         if self.metric is not None:
             return str(self.metric)
-        return "logit of the answer less its rival's" if self.rivals else "log p(answer)"
+        return OWN["logit_diff" if self.rivals else "logprob"]
 
     def prepare(self, inputs: Inputs) -> Inputs:
         """The inputs to run."""
@@ -100,7 +103,7 @@ class Pairs:
         """The pairs of equal rows of two batches.
 
         Raises:
-            MismatchError: prompts of unequal length, naming the tokens; or unequal numbers of prompts or tokens.
+            MismatchError: prompts of unequal length or a pair of one prompt twice, naming the tokens; unequal numbers.
             ParameterError: neither or both of a metric and answers.
         """
         if corrupt is not None:

@@ -140,6 +140,17 @@ def test_prompts_may_come_as_text_tensors_or_padded_inputs() -> None:
         assert found.same_as(expected, rtol=0, atol=1e-6).lines == ()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("method", "params"), SWEEPS)
+def test_padding_of_one_prompt_of_a_pair_changes_nothing(method: str, params: dict[str, Any], side: str) -> None:
+    of = model("grouped-query")
+    padded = of.inputs([CLEAN[0], [5] * 8], padding_side=side).take([0])
+    plain = run(method, of, CLEAN[0], CORRUPT[0], metric=DIFF, **params)
+    assert run(method, of, padded, CORRUPT[0], metric=DIFF, **params).same_as(plain, rtol=0, atol=1e-6).lines == ()
+    with pytest.raises(MismatchError, match="they are the same in row 0"):
+        run(method, of, padded, of.inputs(CLEAN[0]), metric=DIFF, **params)
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen-vl"])
 def test_every_pair_may_bring_its_own_images(name: str) -> None:
     clean, corrupt = [inputs(name), inputs(name, seed=5)], [inputs(name, seed=3), inputs(name, seed=4)]
@@ -183,7 +194,7 @@ def test_over_many_pairs_the_heads_of_the_circuit_stand_out() -> None:
     with_answers = run("patch", of, kind="attn.z", by="head", **few)
     own = run("patch", of, few["clean"], few["corrupt"], kind="attn.z", by="head")  # each pair's own two answers
     np.testing.assert_allclose(own.values, with_answers.values, atol=1e-5)
-    same = json.dumps([*json.loads(few["clean"])[:2], json.loads(few["corrupt"])[2]])
+    same = json.dumps([*json.loads(few["clean"])[:2], "When Dot and Ada went home , Ada gave a drink to"])
     with pytest.raises(ParameterError, match="both prompts of pair 2 are answered with 'Dot'"):
         run("patch", of, same, few["corrupt"])
 
@@ -271,7 +282,8 @@ def test_paths_of_unequal_lengths_are_averaged() -> None:
         ({"answers": [11, 12, 13], "rivals": [1]}, MismatchError, "rivals: 1 tokens for 3 prompts"),
         ({"answers": [11, 12, 13], "metric": DIFF}, ParameterError, "they are given together"),
         ({"rivals": [11, 12, 13]}, ParameterError, "neither is given"),
-        ({"corrupt": CLEAN, "metric": DIFF}, MismatchError, "they are the same"),
+        ({"corrupt": CLEAN, "metric": DIFF}, MismatchError, "they are the same in row 0: '#70#71#72#73#74'"),
+        ({"corrupt": [*CORRUPT[:2], CLEAN[2]], "metric": DIFF}, MismatchError, "they are the same in row 2: '#5#9#72"),
         ({"metric": f"{DIFF} @0"}, ParameterError, "both runs give .* on average over 3 pairs"),  # before they differ
         ({"clean": [*CLEAN[:2], "f m d"], "metric": DIFF}, ParameterError, "it mixes texts and token ids"),
     ],
