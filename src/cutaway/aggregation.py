@@ -260,6 +260,7 @@ def _proof(proofs: Sequence[Proof]) -> Proof | None:
         metric=first.metric,
         unit=first.unit,
         matched=first.matched,
+        distinct=max(proof.n_distinct for proof in proofs),  # means differ where one of their parts does
     )
 
 

@@ -148,6 +148,7 @@ def test_it_returns_its_kind_with_a_check_that_holds_and_finite_numbers(method: 
     for array, data in result.arrays().items():
         assert data.size, array
         assert data.dtype.kind != "f" or not (np.isinf(data).any() or np.isnan(data).all()), array  # NaN: no number
+    assert result.proof is None or result.proof.distinct is not None  # a random set drawn twice counts once
     made = result.made_by
     assert made is not None
     assert made.method == method

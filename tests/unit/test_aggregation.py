@@ -37,6 +37,8 @@ def test_what_is_planted_in_every_prompt_is_always_among_the_first() -> None:
     assert list(found.columns["prompts"]) == [len(PROMPTS)] * len(found)
     assert found.proof is not None
     assert found.proof.holds
+    each = [neuron_attribution(model, prompt, level="head", k=100).proof for prompt in PROMPTS]
+    assert found.proof.distinct == max(proof.n_distinct for proof in each if proof is not None)
     assert found.notes[0].startswith(f"{len(PROMPTS)} of {len(PROMPTS)} prompts, 0 of them failed")
 
 

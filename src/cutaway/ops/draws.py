@@ -18,7 +18,7 @@ from cutaway.ops.watched import WatchedModel
 WORTH = 1e-3  # of the best score: what adds less is not among those that a proof takes away
 UNASKED = "no proof was asked for"  # the note of a result without one
 ROOM = 3  # components that there must be for each that is named
-NAMED, WORTH = 10, 0.01  # most items that a proof of a grid names, and the part of the best score that is worth it
+NAMED, LEAST = 10, 0.01  # most items that a proof of a grid names, and the part of the best score that each has
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def prove_sets(
     there = [i for i, score in enumerate(scores.tolist()) if score == score]
     top = sorted(there, key=lambda i: -float(scores[i]))[: min(NAMED, len(there) // ROOM)]
     best = float(scores[top[0]]) if top else 0.0
-    named = [i for i in top if float(scores[i]) > max(0.0, WORTH * best)]
+    named = [i for i in top if float(scores[i]) > max(0.0, LEAST * best)]
     if not named or n_draws == 0:
         return None
     where = {item: n for n, item in enumerate(there)}

@@ -21,7 +21,7 @@ from cutaway.engine.replay import replay
 from cutaway.models.handle import Model
 from cutaway.models.load import load
 from cutaway.ops.comparison import Case, Comparison
-from cutaway.ops.draws import UNASKED, Draws, proof_of, sizes
+from cutaway.ops.draws import UNASKED, Draws, different, proof_of, sizes
 from cutaway.ops.importance import Goal
 from cutaway.ops.maskkeep import MaskKeep, mask_and_keep
 from cutaway.ops.parts import take_apart, unpadded
@@ -266,8 +266,8 @@ def _left(
     if most == 0:
         return None, [*notes, "no proof: there are too few other neurons to compare with"]
     pool = [Unit(u.kind, u.layer, 0, 0 if u.inner >= 0 else -1) for u in _one_per_layer(compared, layers)]
-    orders = [named[:most], baseline[:most], *(drawer.draw(most) for _ in range(n_draws))]
-    left = mask_and_keep(model, rows, answers, orders, pool)
+    random = [drawer.draw(most) for _ in range(n_draws)]
+    left = mask_and_keep(model, rows, answers, [named[:most], baseline[:most], *random], pool)
     columns |= _curves(left, len(named))
     for what, p, better in (("without", left.masked, "less"), ("with them alone", left.kept, "more")):
         areas = p.mean(-1)
@@ -277,7 +277,9 @@ def _left(
         )
     ks = sizes(most)
     at = torch.tensor(ks) - 1
-    return proof_of(left.drop[0, at], left.drop[2:, at], ks, "zeroing the first FFN neurons", drawer.matched), notes
+    what = "zeroing the first FFN neurons"
+    distinct = different(random)
+    return proof_of(left.drop[0, at], left.drop[2:, at], ks, what, drawer.matched, distinct=distinct), notes
 
 
 def _one_per_layer(compared: Comparison, layers: Sequence[int]) -> list[Unit]:

@@ -13,7 +13,7 @@ from cutaway.core.params import Count, Image, MetricLike, Prompts, Target
 from cutaway.core.proof import Check, Proof
 from cutaway.models.handle import Model
 from cutaway.ops.circuit_runs import CircuitRuns
-from cutaway.ops.draws import sizes
+from cutaway.ops.draws import different, sizes
 from cutaway.ops.edge_scores import BUDGET, EdgeScores, edge_scores, path_points
 from cutaway.ops.fronts import read_fronts
 from cutaway.ops.pairs import Pairs, paired
@@ -171,7 +171,8 @@ def _proof(runs: CircuitRuns, wiring: Wiring, order: np.ndarray, draws: int, see
     """What corrupting the first k edges takes from the metric, against as many others of the same profile."""
     ks = sizes(max(1, min(MOST, len(wiring) // SHARE)))
     drawer = EdgeDraws(wiring, seed)
-    sets = [order[:k] for k in ks] + [drawer.draw(order[:k], others=True) for _ in range(draws) for k in ks]
+    random = [drawer.draw(order[:k], others=True) for _ in range(draws) for k in ks]
+    sets = [order[:k] for k in ks] + random
     whole = torch.as_tensor(wiring.real)
     values = runs(torch.stack([whole & ~mask(wiring, some) for some in sets])).double()
     base, gone = runs.clean.double(), runs.corrupt.double()
@@ -184,4 +185,5 @@ def _proof(runs: CircuitRuns, wiring: Wiring, order: np.ndarray, draws: int, see
         metric=str(runs.pairs.measure),
         unit=runs.pairs.measure.unit,
         matched="layer and kind of sender and receiver",
+        distinct=different(random[len(ks) - 1 :: len(ks)]),
     )

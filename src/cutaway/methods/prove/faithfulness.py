@@ -15,6 +15,7 @@ from cutaway.core.proof import Check, Proof
 from cutaway.models.handle import Model
 from cutaway.ops.areas import FRACTIONS, cmd, cpr
 from cutaway.ops.circuit_runs import CircuitRuns, plain_values
+from cutaway.ops.draws import different
 from cutaway.ops.edge_scores import edge_scores, path_points
 from cutaway.ops.fronts import read_fronts
 from cutaway.ops.pairs import paired
@@ -141,7 +142,7 @@ def faithfulness(
         line_columns=areas,
         about={"edges": tuple(len(some) for some in circuits), "all_edges": len(wiring)},
         check=_check(runs),
-        proof=_proof(sizes, counts, kept, kept_random),
+        proof=_proof(sizes, counts, kept, kept_random, random),
         notes=_notes(runs, areas, sizes, circuits, kept),
     )
 
@@ -202,7 +203,9 @@ def _check(runs: CircuitRuns) -> Check:
     return Check(name="all edges give the clean run, none the replaced one", value=error, tolerance=tolerance)
 
 
-def _proof(sizes: np.ndarray, counts: list[int], kept: np.ndarray, random: np.ndarray) -> Proof | None:
+def _proof(
+    sizes: np.ndarray, counts: list[int], kept: np.ndarray, kept_random: np.ndarray, random: list[list[np.ndarray]]
+) -> Proof | None:
     """Only the circuit against only random edges, at the sizes up to a tenth of all edges."""
     at = {k: i for i, k in reversed(list(enumerate(counts))) if k > 0 and sizes[i] <= PROVED_AT}
     at = at or {k: i for i, k in enumerate(counts) if k > 0}
@@ -214,10 +217,11 @@ def _proof(sizes: np.ndarray, counts: list[int], kept: np.ndarray, random: np.nd
         ablated="running only the strongest edges",
         ks=tuple(ks),
         effect=kept[index],
-        random=random[:, index],
+        random=kept_random[:, index],
         metric="the share of what the model does",
         unit="of it",
         matched="layer and kind of sender and receiver",
+        distinct=different(some[index[-1]] for some in random),
     )
 
 

@@ -97,6 +97,18 @@ def test_a_circuit_is_measured_up_to_its_own_size() -> None:
     assert found.y[KEPT, 1] == found.y[KEPT, 2]
 
 
+def test_random_edges_that_were_drawn_twice_count_once() -> None:
+    of = model("dense")
+    last = (
+        len(edges(of).nodes) - 1
+    )  # no other edge is as the one from the embedding to the logits: it is drawn each time
+    alone = edges(of).replace(source=[0], target=[last], weight=[1.0], edge_columns={"into": [""]})
+    proof = faithfulness(of, graph=alone, fractions=[0.01]).proof
+    assert proof is not None
+    assert proof.sentence.endswith("p <= 2/2, since only 1 of the draws differ)")
+    assert faithfulness(of, fractions=[0.1]).proof.distinct == 5
+
+
 def test_areas_are_those_of_the_benchmark() -> None:
     sizes, curve = np.array([0.1, 0.5, 1.0]), np.array([0.5, 1.5, 1.0])
     assert cpr(sizes, curve) == pytest.approx(0.4 * 1.0 + 0.5 * 1.25)
@@ -112,7 +124,7 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence() -> None:
         faithfulness(model("grouped-query"), graph=edges(of))
     with pytest.raises(ParameterError, match="both the clean run and the one with everything replaced"):
         faithfulness(of, metric="logit_diff: #11, #22 @0")  # before the two differ
-    with pytest.raises(MismatchError, match="clean and corrupt prompts: they are the same"):
+    with pytest.raises(MismatchError, match="clean and corrupt prompts: they are the same in row 0"):
         faithfulness(of, corrupt=GIVEN["clean"])
     apart = edges(of).replace(source=[0], target=[1], weight=[1.0], edge_columns={"into": ["q"]})
     with pytest.raises(ResultError, match="none of its 1 edges lies on a path from the embedding to the logits"):
