@@ -52,6 +52,7 @@ def choose_circuit(
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A circuit or attribution graph, or a saved result.")],
     model: Annotated[str | None, typer.Option("--model", help="The model that a circuit file has to fit.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="All that a circuit file scores, not its circuit.")] = False,
     loading: Loading = Loading(),
     delivery: Delivery = Delivery(),
 ) -> None:
@@ -68,4 +69,4 @@ def convert(
         deliver(open_result(file), delivery)
         return
     wiring = Wiring.of_model(loading.model(model)) if model else None
-    deliver(read_graph(file, wiring), delivery)
+    deliver(read_graph(file, wiring, whole), delivery)

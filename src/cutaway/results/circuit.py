@@ -12,6 +12,8 @@ from cutaway.ops.wiring import Wiring
 from cutaway.results.graph import Graph
 
 How = Literal["top", "threshold", "greedy"]
+INSIDE = "in_graph"
+"""Column of a graph that holds all scored edges of a circuit file: which of them are in the file's circuit."""
 
 
 def wiring_of(graph: Graph) -> Wiring:
@@ -93,7 +95,7 @@ def circuit(
         source=graph.source[at],
         target=graph.target[at],
         weight=graph.weight[at],
-        edge_columns={name: each[at] for name, each in graph.edge_columns.items()},
+        edge_columns={name: each[at] for name, each in graph.edge_columns.items() if name != INSIDE},
         made_by=None,
         check=None,
         proof=None,

@@ -3,6 +3,9 @@
 They name nodes ``input``, ``a0.h1``, ``m0`` and ``logits``, edges ``a0.h1->a2.h3<q>``, and give every query head keys
 and values of its own. Where heads share them, a group's score is written in equal parts to its heads, and read back as
 the sum of theirs.
+
+They hold every edge of the model, each marked as in the circuit or not. What is read is the circuit; all edges where
+none is marked or every one is, since those files hold scores that nothing was chosen by yet.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import numpy as np
 
 from cutaway.core.errors import MismatchError, ResultError
 from cutaway.ops.wiring import EMBED, LOGITS, Wiring
-from cutaway.results.circuit import places, wiring_of
+from cutaway.results.circuit import INSIDE, places, wiring_of
 from cutaway.results.graph import Graph
 
 NEEDED = ("cfg", "src_nodes", "dst_nodes", "edges_scores", "edges_in_graph")
@@ -66,8 +69,8 @@ def circuit_pt(graph: Graph) -> bytes:
     return file.getvalue()
 
 
-def from_circuit_json(held: dict[str, Any], name: str, wiring: Wiring | None = None) -> Graph:
-    """The graph of a circuit JSON's content; ``wiring`` is that of the model it has to fit."""
+def from_circuit_json(held: dict[str, Any], name: str, wiring: Wiring | None = None, whole: bool = False) -> Graph:
+    """The circuit of a circuit JSON's content; ``wiring`` is that of the model it has to fit, ``whole`` all edges."""
     asked = f"circuit file {name!r}"
     edges: Edges = {}
     for text, about in held["edges"].items():
@@ -78,11 +81,11 @@ def from_circuit_json(held: dict[str, Any], name: str, wiring: Wiring | None = N
         edges[key] = (float(about["score"]), bool(about.get("in_graph")))
     if any(isinstance(node, dict) and "neurons" in node for node in held.get("nodes", {}).values()):
         raise ResultError(asked, "it chooses neurons inside of nodes, which edges cannot say", "give one of edges")
-    return _ours(held["cfg"], edges, name, wiring)
+    return _ours(held["cfg"], edges, name, wiring, whole)
 
 
-def from_circuit_pt(path: Path, wiring: Wiring | None = None) -> Graph:
-    """The graph of a ``.pt`` file; nothing in it is run."""
+def from_circuit_pt(path: Path, wiring: Wiring | None = None, whole: bool = False) -> Graph:
+    """The circuit of a ``.pt`` file, or all of its edges; nothing in it is run."""
     import pickle
 
     import torch
@@ -111,7 +114,7 @@ def from_circuit_pt(path: Path, wiring: Wiring | None = None) -> Graph:
             node, _, into = target.rstrip(">").partition("<")
             if (source, node, into) in expected:
                 edges[source, node, into] = float(scores[i, j]), bool(kept[i, j])
-    return _ours(held["cfg"], edges, path.name, wiring)
+    return _ours(held["cfg"], edges, path.name, wiring, whole)
 
 
 def _theirs(graph: Graph) -> tuple[dict[str, Any], Edges]:
@@ -129,7 +132,7 @@ def _theirs(graph: Graph) -> tuple[dict[str, Any], Edges]:
     }
     held = np.zeros(len(wiring)), np.zeros(len(wiring), dtype=bool)
     at = places(graph, wiring)
-    inside = graph.edge_columns.get("in_graph")
+    inside = graph.edge_columns.get(INSIDE)
     held[0][at], held[1][at] = graph.weight, True if inside is None else inside
     edges: Edges = {}
     for e, (s, r) in enumerate(zip(*wiring.edges, strict=True)):
@@ -164,7 +167,7 @@ def _real(wiring: Wiring) -> set[tuple[str, str, str]]:
     }
 
 
-def _ours(config: Any, edges: Edges, name: str, wiring: Wiring | None) -> Graph:
+def _ours(config: Any, edges: Edges, name: str, wiring: Wiring | None, whole: bool) -> Graph:
     own, asked = _wiring(config, name), f"circuit file {name!r}"
     if wiring is not None and (own.heads, own.parallel) != (wiring.heads, wiring.parallel):
         raise MismatchError(asked, f"it is of a model with {own}", f"this one has {wiring}")
@@ -191,16 +194,20 @@ def _ours(config: Any, edges: Edges, name: str, wiring: Wiring | None) -> Graph:
         scores[e] += score
         kept[e] |= inside
         there[e] = True
-    source, target, into = (each[there] for each in fitted.ends)
+    said, chosen = f"{int(kept.sum())} of {int(there.sum())} edges are in its circuit", bool(kept.any())
+    chosen = chosen and not whole and bool((there & ~kept).any())
+    taken = kept if chosen else there
+    source, target, into = (each[taken] for each in fitted.ends)
+    columns = {"into": into, **({INSIDE: kept[there]} if whole else {})}
     return Graph(
         title=f"Circuit file {name}",
         nodes=fitted.nodes,
         source=source,
         target=target,
-        weight=scores[there],
+        weight=scores[taken],
         layer=fitted.heights,
-        edge_columns={"into": into, "in_graph": kept[there]},
+        edge_columns=columns,
         measure="score",
         about={**fitted.sizes, "d_model": int(config.get("d_model") or 0)},
-        notes=(f"read from {name}: {int(kept.sum())} of {int(there.sum())} edges are in its circuit",),
+        notes=(f"read from {name}: {said}; {'those' if chosen else 'all'} are read",),
     )

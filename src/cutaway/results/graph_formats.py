@@ -3,7 +3,7 @@
 ============================  =====================================================  ===========================
 ending                        what it is                                             read back as
 ============================  =====================================================  ===========================
-``.circuit.json``             EAP-IG's and MIB's circuits                            edges, scores, ``in_graph``
+``.circuit.json``             EAP-IG's and MIB's circuits                            edges and scores
 ``.pt``                       the same as tensors                                    the same
 ``.attribution.json``         what the viewers of circuit-tracer and Neuronpedia     the nodes and links as they are
                               read
@@ -44,11 +44,12 @@ def write_foreign(graph: Graph, path: Path) -> Path:
     return path
 
 
-def read_graph(path: str | Path, wiring: Wiring | None = None) -> Graph:
+def read_graph(path: str | Path, wiring: Wiring | None = None, whole: bool = False) -> Graph:
     """The graph of a circuit file (JSON or ``.pt``) or of an attribution graph's JSON, told by its content.
 
     Args:
         wiring: of the model that a circuit file has to fit; by default it is taken as it is.
+        whole: all edges that a circuit file scores, and ``in_graph`` as a column, instead of its circuit alone.
 
     Raises:
         ResultError: no such file, or none of these formats. MismatchError: a circuit of another model.
@@ -58,7 +59,7 @@ def read_graph(path: str | Path, wiring: Wiring | None = None) -> Graph:
     if not path.is_file():
         raise ResultError(asked, "there is no such file")
     try:
-        return _read(path, asked, wiring)
+        return _read(path, asked, wiring, whole)
     except CutawayError:
         raise
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -66,15 +67,15 @@ def read_graph(path: str | Path, wiring: Wiring | None = None) -> Graph:
         raise ResultError(asked, found, "write it again") from None
 
 
-def _read(path: Path, asked: str, wiring: Wiring | None) -> Graph:
+def _read(path: Path, asked: str, wiring: Wiring | None, whole: bool) -> Graph:
     if path.suffix == ".pt":
-        return from_circuit_pt(path, wiring)
+        return from_circuit_pt(path, wiring, whole)
     try:
         held = json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ResultError(asked, f"it is not JSON ({error})", "give .circuit.json, .attribution.json or .pt") from None
     if isinstance(held, dict) and all(key in held for key in ("cfg", "edges")):
-        return from_circuit_json(held, path.name, wiring)
+        return from_circuit_json(held, path.name, wiring, whole)
     if isinstance(held, dict) and all(key in held for key in PARTS):
         return from_attribution(held, path.name)
     keys = f"it holds {', '.join(map(str, held))[:80]}" if isinstance(held, dict) else "it is no JSON object"

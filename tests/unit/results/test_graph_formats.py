@@ -46,12 +46,40 @@ def weights(graph: Graph) -> dict[tuple[str, str, str], float]:
 def test_circuit_files_are_read_back(plain: Graph, ending: str, tmp_path: Path) -> None:
     read = read_graph(plain.write(tmp_path / f"x{ending}"))
     assert weights(read) == pytest.approx(weights(plain), rel=1e-6)
-    assert read.edge_columns["in_graph"].all()
     assert read.about["d_model"] == 64
     small = circuit(plain, how="greedy", n=20)
-    again = read_graph(small.write(tmp_path / f"y{ending}"))
-    inside = again.edge_columns["in_graph"]
-    assert {key for key, kept in zip(weights(again), inside, strict=True) if kept} == set(weights(small))
+    path = small.write(tmp_path / f"y{ending}")
+    again = read_graph(path)
+    assert weights(again) == pytest.approx(weights(small), rel=1e-6)
+    assert f"{len(small.weight)} of 262 edges are in its circuit; those are read" in again.notes[0]
+    whole = read_graph(path, whole=True)
+    inside = whole.edge_columns["in_graph"]
+    assert len(whole.weight) == 262
+    assert {key for key, kept in zip(weights(whole), inside, strict=True) if kept} == set(weights(small))
+    assert weights(read_graph(whole.write(tmp_path / f"z{ending}"))) == weights(again)
+
+
+def test_what_is_chosen_from_a_file_in_which_nothing_is_marked_is_in_the_circuit(plain: Graph, tmp_path: Path) -> None:
+    held = json.loads(plain.write(tmp_path / "x.circuit.json").read_text())
+    for edge in held["edges"].values():
+        edge["in_graph"] = False
+    (tmp_path / "scores.circuit.json").write_text(json.dumps(held))
+    for whole in (False, True):
+        read = read_graph(tmp_path / "scores.circuit.json", whole=whole)
+        assert weights(read) == pytest.approx(weights(plain), rel=1e-6)
+        small = circuit(read, how="greedy", n=20)
+        assert weights(read_graph(small.write(tmp_path / "y.circuit.json"))) == weights(small)
+
+
+@pytest.mark.parametrize("ending", CIRCUIT)
+def test_the_circuit_of_a_file_is_what_runs(plain: Graph, ending: str, tmp_path: Path) -> None:
+    small = circuit(plain, how="greedy", n=20)
+    read = read_graph(small.write(tmp_path / f"x{ending}"), Wiring.of_model(model("dense")))
+    given = {"clean": [70, 71, 72, 73], "corrupt": [70, 90, 72, 93], "metric": "logit_diff: #11, #22", "minimality": 0}
+    theirs, ours = (catalog.run("faithfulness", model("dense"), graph=each, **given) for each in (read, small))
+    assert theirs.about["edges"] == ours.about["edges"]
+    assert max(theirs.about["edges"]) == len(small.weight) < theirs.about["all_edges"] == 262
+    assert theirs.y[0] == pytest.approx(ours.y[0], abs=1e-6)
 
 
 def test_the_circuit_json_has_the_names_and_fields_that_eap_ig_reads(plain: Graph, tmp_path: Path) -> None:
@@ -258,7 +286,9 @@ def test_the_command_line_chooses_and_converts(
     assert main(["convert", str(there), "--out", str(back), "--out", str(tmp_path / "x.attribution.json")]) == 0
     read = open_result(back)
     assert isinstance(read, Graph)
-    assert int(read.edge_columns["in_graph"].sum()) == len(found.weight)
+    assert weights(read) == pytest.approx(weights(found), rel=1e-6)
+    assert main(["convert", str(there), "--whole", "--out", str(tmp_path / "whole")]) == 0
+    assert len(open_result(tmp_path / "whole").weight) == 262
     capsys.readouterr()
     assert main(["convert", str(there), "--model", "circuit-induction"]) == 2
     said = " ".join(capsys.readouterr().err.split())
