@@ -28,7 +28,9 @@ from cutaway.results.grid import Grid
 SATURATED = 0.99
 """A probability from which on log-probabilities and probabilities hardly move, whatever is patched."""
 POOR = 0.5
-"""Rank correlation with what was measured below which a warning says so."""
+"""Part of the largest effect by which an estimate may miss what was measured before a warning says so."""
+FAINT = 0.01
+"""Part of what the runs differ by: where no estimate comes to it, gradients may have vanished."""
 
 
 @method(
@@ -222,6 +224,8 @@ def _verified(swept: _Swept, values: Tensor, top: Tensor, budget: int, unit: str
         return ["no estimate was verified"]
     exact, how = swept.exact(top, budget)
     error, agree = (values[top] - exact).abs(), rank_correlation(values[top], exact)
+    strongest, between = float(values[top].abs().max()), abs(swept.ends.between)
+    size = max(strongest, float(exact.abs().max()), FAINT * between)
     worst = int(error.argmax())
     named = swept.cells[0].flat[int(top[worst])]
     said = (
@@ -229,5 +233,12 @@ def _verified(swept: _Swept, values: Tensor, top: Tensor, budget: int, unit: str
         f"{float(error[worst]):.3g} {unit}, at {named}: "
         f"{float(values[top][worst]):.3g} estimated, {float(exact[worst]):.3g} measured"
     )
-    poor = len(top) > 1 and agree < POOR
-    return [said, "the estimates do not rank as the measurements do: use 'patch' here"] if poor else [said]
+    notes = [said]
+    if float(error[worst]) > POOR * size:
+        notes.append(f"that is {float(error[worst]) / size:.0%} of the largest effect: use 'patch' here")
+    if strongest < FAINT * between:
+        notes.append(
+            f"no cell is estimated at more than {strongest:.2g} {unit}, and the runs differ by {between:.3g}: "
+            "gradients may have vanished, which only 'patch' can tell"
+        )
+    return notes

@@ -16,6 +16,10 @@ from cutaway.results import Grid
 from tests.architectures import fresh, inputs, model
 
 CLEAN, CORRUPT = [70, 71, 72, 73, 74, 75], [70, 90, 72, 93, 74, 75]
+IOI = {
+    "clean": "When Ada and Bea went home , Bea gave a drink to",
+    "corrupt": "When Ada and Bea went home , Ada gave a drink to",
+}
 PATHS = {"attn.z": "model.layers.{}.self_attn.o_proj", "mlp.act": "model.layers.{}.mlp.down_proj"}
 
 
@@ -31,7 +35,9 @@ def estimated(of: Any, **params: Any) -> Grid:
 @pytest.mark.parametrize("method", ["attribution_patching", "patch", "edges", "faithfulness"])
 def test_two_runs_that_are_the_same_are_refused(method: str) -> None:
     given = {"clean": CLEAN, "corrupt": CLEAN, "metric": "logit_diff: #11, #22"}
-    with pytest.raises(MismatchError, match="clean and corrupt prompts: they are the same: '#70#71#72#73#74#75'"):
+    with pytest.raises(
+        MismatchError, match="clean and corrupt prompts: they are the same in row 0: '#70#71#72#73#74#75'"
+    ):
         catalog.run(method, model("dense"), **given)
 
 
@@ -121,19 +127,35 @@ def test_the_circuit_carries_the_largest_estimates_and_the_proof_holds(direction
 
 
 def test_strong_cells_are_verified_and_poor_estimates_are_called_so() -> None:
+    of, given = load("circuit-ioi"), {"by": "head", "verify": 4, "draws": 0, **IOI}
+    found = catalog.run("attribution_patching", of, kind="attn.z", **given)
+    exact = catalog.run("patch", of, kind="attn.z", by="head", metric='logit_diff: " Ada", " Bea"', **IOI)
+    error = abs(found.values - exact.values).max() / abs(exact.values).max()
+    said = " ".join(found.notes)
+    assert "the 4 strongest patched for real (replay)" in said
+    assert f"that is {error:.0%} of the largest effect: use 'patch' here" in said
+    assert "probability 1.0000" in said
+
+
+@pytest.mark.parametrize("verify", [2, 48])  # the ranks of few cells, or of cells that do nothing, say little
+def test_estimates_that_are_near_are_not_called_poor(verify: int) -> None:
+    given = {"kind": "mlp.act", "by": "neurons", "verify": verify}
+    found = estimated(model("grouped-query"), **given)
+    said = next(note for note in found.notes if f"the {verify} strongest patched for real" in note)
+    error = float(said.split("largest error ")[1].split()[0])
+    assert 0.1 < error / abs(found.values).max() < 0.5
+    assert "'patch'" not in " ".join(found.notes)
+
+
+def test_gradients_that_vanish_are_told_from_effects_that_are_none() -> None:
     of = load("circuit-ioi")
-    prompts = {
-        "clean": "When Ada and Bea went home , Bea gave a drink to",
-        "corrupt": "When Ada and Bea went home , Ada gave a drink to",
-    }
-    found = catalog.run("attribution_patching", of, kind="attn.q", by="head", verify=4, draws=0, **prompts)
-    exact = catalog.run("patch", of, kind="attn.q", by="head", metric='logit_diff: " Ada", " Bea"', **prompts)
+    found = catalog.run("attribution_patching", of, kind="attn.q", by="head", verify=12, draws=0, **IOI)
+    exact = catalog.run("patch", of, kind="attn.q", by="head", metric='logit_diff: " Ada", " Bea"', **IOI)
     assert exact.values[2, 2] == pytest.approx(1, abs=1e-3)  # the attention is saturated: its gradient is nothing
     assert abs(found.values).max() < 1e-3
     said = " ".join(found.notes)
-    assert "the 4 strongest patched for real (replay)" in said
-    assert "use 'patch' here" in said
-    assert "probability 1.0000" in said
+    assert "that is 100% of the largest effect: use 'patch' here" in said
+    assert "and the runs differ by 80.6: gradients may have vanished, which only 'patch' can tell" in said
 
 
 def test_saturation_is_not_said_where_nothing_saturates() -> None:
