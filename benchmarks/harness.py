@@ -85,13 +85,19 @@ def interval(values: Any, samples: int = 2000) -> list[float]:
 def peak_mib(function: Callable[[], Any]) -> float:
     """MiB by which the process's memory rose at most while ``function`` ran, in a copy of the process of its own.
 
+    Memory that was freed before is given back first, else it would be used again, uncounted.
+
     Raises:
         RuntimeError: the function failed there.
     """
+    import ctypes
     import os
     import resource
 
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -165,5 +171,5 @@ def keep(name: str, figures: Mapping[str, Any], note: str = "") -> Path:
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
     return path

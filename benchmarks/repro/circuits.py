@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cutaway
 from benchmarks.harness import keep
+from benchmarks.repro.edge_estimates import pairs_of
 from cutaway import catalog, specimens
-from cutaway.data.town import Town
 
 WIRED = {"circuit-induction": 1, "circuit-ioi": 4}  # every how many of the card's examples
 STEPS = (1, 5, 10, 30)
@@ -49,13 +49,7 @@ def by_norms(town: cutaway.Model, pairs: int = 8) -> dict[str, Any]:
     """CPR and CMD of circuits found with either kind of norms, for pairs of facts of each relation."""
     found: dict[str, Any] = {}
     for relation in RELATIONS:
-        chosen = Town().pairs(relation, count=pairs)
-        given = {
-            "clean": [pair.clean.prompt for pair in chosen],
-            "corrupt": [pair.corrupt.prompt for pair in chosen],
-            "answers": [town.token(pair.clean.answer) for pair in chosen],
-            "rivals": [town.token(pair.corrupt.answer) for pair in chosen],
-        }
+        given = pairs_of(town, relation, pairs)
         for norms in ("moving", "frozen"):
             curves: Any = catalog.get("faithfulness").function(town, **given, norms=norms, minimality=0)
             areas = {name: round(float(curves.line_columns[name][0]), 4) for name in ("CPR", "CMD")}
@@ -70,7 +64,8 @@ def main() -> None:
     for how in ("top", "greedy"):
         for steps in (1, 5, 30):
             curves: Any = catalog.run("faithfulness", town, **FACT, how=how, steps=steps, draws=10, minimality=0)
-            areas = {name: [round(float(v), 4) for v in values] for name, values in curves.line_columns.items()}
+            kept = {name: values[:2] for name, values in curves.line_columns.items()}  # by circuits, by random edges
+            areas = {name: [round(float(v), 4) for v in values] for name, values in kept.items()}
             figures[f"town, {how}, {steps} steps"] = {**areas, "kept": np.round(curves.y[0], 4).tolist()}
     figures |= by_norms(town)
     path = keep("circuit_truth", figures, f"means over prompts; town: {FACT}")

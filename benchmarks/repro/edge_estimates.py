@@ -53,9 +53,9 @@ def _rounded(a: np.ndarray, b: np.ndarray) -> float:
     return round(rank_correlation(torch.tensor(a), torch.tensor(b)), 3)
 
 
-def pairs_of(town: Any, count: int = 8) -> dict[str, Any]:
-    """Pairs of facts about where people live."""
-    chosen = Town().pairs("city", count=count)
+def pairs_of(town: Any, relation: str = "city", count: int = 8) -> dict[str, Any]:
+    """Pairs of facts about people; where they live, or another relation."""
+    chosen = Town().pairs(relation, count=count)
     return {
         "clean": [pair.clean.prompt for pair in chosen],
         "corrupt": [pair.corrupt.prompt for pair in chosen],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import sys
 import time
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import bare_pass, gpt2_small, interleaved, keep, medians, ratio
+from benchmarks.harness import bare_pass, gpt2_small, interleaved, keep, medians, peak_mib, ratio
 from cutaway.core.inputs import Inputs
 from cutaway.methods.locate.neuron_attribution import neuron_attribution
 from cutaway.models.handle import Model
@@ -72,21 +70,6 @@ def measured(model: Model, length: int, runs: int) -> dict[str, Any]:
 def _neuron(model: Model, draw: torch.Generator) -> Unit:
     layer = int(torch.randint(model.n_layers, (), generator=draw))
     return Unit("mlp.act", layer, int(torch.randint(model.layers[layer].d_mlp, (), generator=draw)))
-
-
-def peak_mib(function: Any) -> float:
-    """Largest memory of the process while the function runs, over what it has before; as Linux counts it."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that was freed before would be used again, uncounted
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    function()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def main(runs: int = 5) -> None:
