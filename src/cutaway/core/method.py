@@ -203,7 +203,9 @@ class Method:
         try:
             result = self.function(model, **values)
         except RuntimeError as error:
-            if len(model.devices) == 1 or isinstance(error, CutawayError):
+            from torch import OutOfMemoryError
+
+            if len(model.devices) == 1 or isinstance(error, CutawayError | OutOfMemoryError):
                 raise
             lie = f"its weights lie on {', '.join(map(str, model.devices))}, and this needs them together"
             raise UnsupportedError(

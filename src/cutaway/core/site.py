@@ -58,6 +58,8 @@ KINDS: dict[str, Kind] = {
     "sae": Kind(("batch", "pos", "feature"), "feature", True, "activations of a dictionary attached to the model"),
 }
 ROLES = ("text", "image", "special", "all")
+MEANT = {"logits": "they are no site; what they are read from is 'final_norm'"}
+"""What is written for a site and is none."""
 
 
 class Items(tuple[tuple[int, int], ...]):
@@ -143,9 +145,8 @@ class Site:
             raise SiteSyntaxError(f"site {text!r}", "it does not read as a site", "write for example 'L3.attn.z[5]@-1'")
         kind, layers = match["kind"], match["layers"]
         if kind not in KINDS:
-            raise SiteSyntaxError(
-                f"site {text!r}", f"there is no kind {kind!r}", nearest(kind, KINDS) or f"kinds: {', '.join(KINDS)}"
-            )
+            hint = MEANT.get(kind) or nearest(kind, KINDS) or f"kinds: {', '.join(KINDS)}"
+            raise SiteSyntaxError(f"site {text!r}", f"there is no kind {kind!r}", hint)
         if KINDS[kind].layered and layers is None:
             raise SiteSyntaxError(
                 f"site {text!r}", f"{kind} is in every layer", f"name the layer: 'L3.{kind}' or 'L*.{kind}'"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cutaway.models.plan import Attention, Tap
 from cutaway.models.recorder import AttentionCall, Frame, Node, tensors
+from cutaway.models.selfcheck import random_numbers_kept
 
 Slot = TypeVar("Slot")
 ADD = {"add", "__add__", "__radd__", "__iadd__", "add_"}
@@ -276,7 +277,7 @@ class LayerGraph:
                 args[slot] = x
             else:
                 kwargs[slot] = x
-            with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            with random_numbers_kept([x.device]):
                 torch.manual_seed(0)
                 ends.append(next(tensors(module(*args, **kwargs)))[:, -1].float())
         return float((ends[1] - ends[0]).norm()) > HEARS * float(ends[0].norm())

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from cutaway.core.errors import MethodError, ParameterError, SiteRangeError, TokenError
+from cutaway.core.errors import MethodError, ParameterError, SiteRangeError, TokenError, UnsupportedError
 from cutaway.core.method import Method, args_section, method
 from cutaway.core.params import Count, Layers, Prompts, Target
 from cutaway.results.grid import Grid
@@ -53,6 +53,22 @@ def late(model: StubModel, drift: Grid | None = None) -> Grid:
     """Nothing, late."""
     time.sleep(0.002)
     return grid([[1.0]])
+
+
+@method()
+def breaks(model: StubModel, memory: bool = False) -> Grid:
+    """Nothing."""
+    raise torch.OutOfMemoryError("no room") if memory else RuntimeError("two devices")
+
+
+def test_a_spread_model_is_told_of_unless_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="two devices"):
+        breaks(MODEL)
+    monkeypatch.setattr(StubModel, "devices", (torch.device("cpu"), torch.device("meta")))
+    with pytest.raises(UnsupportedError, match="its weights lie on cpu, meta, and this needs them together: two devi"):
+        breaks(MODEL)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        breaks(MODEL, memory=True)
 
 
 def record() -> Method:

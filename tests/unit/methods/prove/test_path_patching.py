@@ -358,6 +358,11 @@ def test_the_strongest_senders_beat_random_ones(direction: str) -> None:
         ({"metric": "logit_diff: #11, #999999"}, TokenError, "999999"),
         ({"receivers": "L1.attn.z[0]"}, ParameterError, "a path ends in the queries"),
         ({"receivers": "L1.attn.w"}, LookupError, "there is no kind 'attn.w'"),
+        (
+            {"receivers": "logits"},
+            LookupError,
+            "no kind 'logits'; they are no site; what they are read from is 'final_",
+        ),
         ({"receivers": "L7.attn.q"}, LookupError, "layer 7 is not there"),
         ({"receivers": "L1.attn.k[3]"}, LookupError, "kv_head 3 is not there: the valid kv_heads are 0-1"),
         ({"receivers": "L1.attn.q@9"}, LookupError, "position 9 is not there"),
