@@ -26,17 +26,19 @@ from cutaway.models.handle import Model
 from cutaway.models.tiny import architectures, tiny
 
 STATUSES = ("runs", "refused", "fails")
+PROMPTS = ("decoder_input_ids", "input_ids")
 
 
 def pair(model: Model, given: dict[str, torch.Tensor]) -> tuple[Inputs, Inputs]:
-    """A prompt, and the same with every second of its words another."""
-    ids = given["input_ids"]
+    """A prompt, and the same with every second of its words another; a decoder's, where there is an encoder beside."""
+    name = next(each for each in PROMPTS if each in given)
+    ids = given[name]
     other, seen = ids.clone(), set(ids.flatten().tolist())
     fresh = [token for token in range(2, 200) if token not in seen]
     once = [i for i, token in enumerate(ids[0].tolist()) if int((ids == token).sum()) == 1]
     for n, at in enumerate(once[1:-1:2]):
         other[0, at] = fresh[n]
-    return model.inputs(dict(given)), model.inputs({**given, "input_ids": other})
+    return model.inputs(dict(given)), model.inputs({**given, name: other})
 
 
 def examine(class_name: str, task: str) -> dict[str, Any] | None:
@@ -46,7 +48,7 @@ def examine(class_name: str, task: str) -> dict[str, Any] | None:
     except CutawayError:
         return None
     about: dict[str, Any] = {"class": class_name, "task": task, "status": "runs", "why": "", "checks": {}}
-    if "input_ids" not in built.inputs:
+    if not any(name in built.inputs for name in PROMPTS):
         return about | {"status": "refused", "why": "it reads an image and no prompt"}
     try:
         model = Model(built.hf, name=class_name)
@@ -59,7 +61,7 @@ def examine(class_name: str, task: str) -> dict[str, Any] | None:
     except CutawayError as error:
         return about | {"status": "refused", "why": error.found, "asked": error.asked}
     except Exception as error:  # noqa: BLE001 - whatever a model of a stranger raises belongs into the table
-        return about | {"status": "fails", "why": f"{type(error).__name__}: {sentence(error)}"}
+        return about | {"status": "fails", "why": sentence(error)}
     for name, result in found.items():
         about["checks"][name] = result.check.value
         if not result.check.value <= result.check.tolerance:
