@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+POOR = 0.5
+"""Part of the largest effect by which estimates may miss what was measured before they are called poor."""
+FAINT = 0.01
+"""Part of what two runs differ by, below which an effect is as good as none."""
+
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's correlation of two rows of numbers; equal numbers share their ranks, 0 where one row is constant."""
@@ -12,6 +17,15 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     around = ranks - ranks.mean(dim=1, keepdim=True)
     size = around.norm(dim=1).prod()
     return float(around[0] @ around[1] / size) if float(size) > 0 else 0.0
+
+
+def missed(estimates: Tensor, exact: Tensor, between: float) -> float:
+    """The largest error of estimates, as a part of the largest effect, estimated or measured.
+
+    An effect is counted as ``FAINT`` of the difference ``between`` the two runs at least, so that rounding is no error.
+    """
+    size = float(torch.stack([estimates, exact]).abs().max())
+    return float((estimates - exact).abs().max()) / (max(size, FAINT * abs(between)) or 1.0)
 
 
 def _ranks(x: Tensor) -> Tensor:

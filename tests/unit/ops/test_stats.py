@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cutaway.ops.stats import mean_error, rank_correlation
+from cutaway.ops.stats import mean_error, missed, rank_correlation
 
 
 def test_order_alone_counts():
@@ -17,6 +17,13 @@ def test_equal_numbers_share_their_ranks():
     a, b = torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert rank_correlation(a, b) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
     assert rank_correlation(a, torch.ones(4)) == 0.0
+
+
+def test_what_estimates_miss_is_a_part_of_the_largest_effect():
+    estimates, exact = torch.tensor([1.0, -3.0]), torch.tensor([2.0, -4.0])
+    assert missed(estimates, exact, 0.0) == missed(exact, estimates, 5.0) == 0.25
+    assert missed(estimates, exact, -1000.0) == pytest.approx(0.1)  # of a hundredth of what the runs differ by
+    assert missed(torch.zeros(2), torch.zeros(2), 0.0) == 0.0
 
 
 def test_the_error_of_a_mean_and_of_a_ratio_of_means_is_what_resampling_gives():

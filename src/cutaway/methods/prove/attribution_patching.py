@@ -22,15 +22,11 @@ from cutaway.engine.together import run_together
 from cutaway.models.handle import Model
 from cutaway.ops.draws import prove_sets
 from cutaway.ops.means import Ends, means_of, over
-from cutaway.ops.stats import rank_correlation
+from cutaway.ops.stats import FAINT, POOR, missed, rank_correlation
 from cutaway.results.grid import Grid
 
 SATURATED = 0.99
 """A probability from which on log-probabilities and probabilities hardly move, whatever is patched."""
-POOR = 0.5
-"""Part of the largest effect by which an estimate may miss what was measured before a warning says so."""
-FAINT = 0.01
-"""Part of what the runs differ by: where no estimate comes to it, gradients may have vanished."""
 
 
 @method(
@@ -225,7 +221,7 @@ def _verified(swept: _Swept, values: Tensor, top: Tensor, budget: int, unit: str
     exact, how = swept.exact(top, budget)
     error, agree = (values[top] - exact).abs(), rank_correlation(values[top], exact)
     strongest, between = float(values[top].abs().max()), abs(swept.ends.between)
-    size = max(strongest, float(exact.abs().max()), FAINT * between)
+    part = missed(values[top], exact, between)
     worst = int(error.argmax())
     named = swept.cells[0].flat[int(top[worst])]
     said = (
@@ -234,8 +230,8 @@ def _verified(swept: _Swept, values: Tensor, top: Tensor, budget: int, unit: str
         f"{float(values[top][worst]):.3g} estimated, {float(exact[worst]):.3g} measured"
     )
     notes = [said]
-    if float(error[worst]) > POOR * size:
-        notes.append(f"that is {float(error[worst]) / size:.0%} of the largest effect: use 'patch' here")
+    if part > POOR:
+        notes.append(f"that is {part:.0%} of the largest effect: use 'patch' here")
     if strongest < FAINT * between:
         notes.append(
             f"no cell is estimated at more than {strongest:.2g} {unit}, and the runs differ by {between:.3g}: "

@@ -19,13 +19,13 @@ from cutaway.ops.fronts import read_fronts
 from cutaway.ops.pairs import Pairs, paired
 from cutaway.ops.selection import EdgeDraws, mask, ranked
 from cutaway.ops.senders import Senders
+from cutaway.ops.stats import POOR, missed, rank_correlation
 from cutaway.ops.wiring import Wiring
 from cutaway.results.graph import Graph
 
 MOST = 100  # edges in the largest set of the proof
 SHARE = 4  # a set of the proof holds at most this part of all edges, so that random ones differ
 TOLERANCE = 1e-3
-POOR = 0.5  # rank correlation of estimates with exact effects below which a reader is warned
 
 
 @method(
@@ -103,7 +103,8 @@ def edges(
         exact = _exact(runs, wiring, order[:verify])
         columns["exact"] = np.full(len(scores), np.nan)
         columns["exact"][order[:verify]] = exact
-        notes.append(_agreement(scores[order[:verify]], exact))
+        between = float((found.corrupt - found.clean).mean())
+        notes.append(_agreement(torch.as_tensor(scores[order[:verify]]), torch.as_tensor(exact), between))
     if wiring.heads != wiring.kv_heads:
         notes.append("keys and values that several heads share are nodes of their own")
     return Graph(
@@ -156,15 +157,15 @@ def _exact(runs: CircuitRuns, wiring: Wiring, chosen: np.ndarray) -> np.ndarray:
     return np.asarray((values - runs.clean).mean(1).double().numpy())
 
 
-def _agreement(scores: np.ndarray, exact: np.ndarray) -> str:
-    from scipy.stats import spearmanr
-
-    said = f"the {len(exact)} strongest edges recomputed exactly: largest difference {np.abs(scores - exact).max():.2g}"
-    if len(exact) < 3 or np.ptp(scores) == 0 or np.ptp(exact) == 0:
+def _agreement(scores: torch.Tensor, exact: torch.Tensor, between: float) -> str:
+    said = f"the {len(exact)} strongest edges recomputed exactly: largest difference {(scores - exact).abs().max():.2g}"
+    if len(exact) > 2:
+        said += f", rank correlation {rank_correlation(scores, exact):.2f}"
+    part = missed(scores, exact, between)
+    if part <= POOR:
         return said
-    agreement = float(spearmanr(scores, exact).statistic)
-    poor = ": poor, so go by their column 'exact'; the page of edges says where estimates fail"
-    return f"{said}, rank correlation {agreement:.2f}{poor if agreement < POOR else ''}"
+    poor = f"missing {part:.0%} of the largest effect is poor, so go by their column 'exact'"
+    return f"{said}; {poor}; the page of edges says where estimates fail"
 
 
 def _proof(runs: CircuitRuns, wiring: Wiring, order: np.ndarray, draws: int, seed: int) -> Proof:

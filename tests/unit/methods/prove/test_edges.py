@@ -129,6 +129,12 @@ def test_a_poor_estimate_is_told() -> None:
     assert any("poor, so go by their column 'exact'" in note for note in bad.notes)
     exact, weight = bad.edge_columns["exact"], bad.weight
     assert np.nanmax(np.abs(exact)[np.abs(weight) < 1]) > 30
+    ranked = edges(
+        cutaway.load("circuit-ioi"),
+        **{**wired, "corrupt": "When Ada and Bea went home , Ada gave a drink to"},
+        steps=30,
+    )  # in order, and far off
+    assert any("missing 91% of the largest effect is poor" in note for note in ranked.notes)
 
 
 def test_frozen_norms_leave_out_how_a_sender_moves_the_scale() -> None:
