@@ -170,7 +170,9 @@ def _read(model: WatchedModel, inputs: Inputs, wiring: Wiring) -> list[Front]:
     seen: dict[tuple[int, str], Tensor] = {}
 
     def keep(x: Tensor, where: Where) -> Tensor:
-        seen[where.site.layer, where.site.kind.rpartition(".")[2]] = own = x.view_as(x)
+        kind = where.site.kind.rpartition(".")[2]
+        first = where.site.layer == 0 and kind == "resid_pre"  # gradients begin here, also where weights take none
+        seen[where.site.layer, kind] = own = x.detach().requires_grad_() if first else x.view_as(x)
         return own
 
     want = [f"L{n - 1}.resid_post"]
