@@ -70,7 +70,10 @@ def seeing(name: str) -> Model:
     folder = place() / name
     folder.mkdir()
     save(FOLDERS[name], folder)
-    return load(folder)
+    loaded = load(folder)
+    inputs = loaded.inputs("what is here", picture())
+    loaded.hf(**inputs.kwargs(loaded.device))  # in its first pass transformers hangs hooks of its own on the tower
+    return loaded
 
 
 def sees(method: str) -> bool:
