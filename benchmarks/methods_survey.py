@@ -192,7 +192,8 @@ def work(methods: Mapping[str, Method]) -> None:
     out, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        print(json.dumps(survey_class(*json.loads(line), methods)), file=out, flush=True)
+        class_name, task = json.loads(line)
+        print(json.dumps(survey_class(class_name, task, methods)), file=out, flush=True)
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

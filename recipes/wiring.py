@@ -170,7 +170,7 @@ def _gpt2(plan: Blueprint, _: str, config: dict[str, Any]) -> Any:
         state |= {f"{at}.ln_2.weight": gain, f"{at}.ln_2.bias": bias}
         state |= {f"{at}.mlp.c_fc.weight": (reads / gain).T, f"{at}.mlp.c_fc.bias": -(reads / gain) @ bias}
         state |= {f"{at}.mlp.c_proj.weight": writes.T, f"{at}.mlp.c_proj.bias": layout.row(plan.mlp_bias)}
-    gain, _ = layout.norm()
+    gain = layout.norm()[0]
     head = np.stack([layout.row(plan.readout.get(w, {})) for w in plan.words]) / gain
     prior = np.array([plan.prior.get(w, 0.0) for w in plan.words])
     state |= {"transformer.ln_f.weight": gain, "transformer.ln_f.bias": np.linalg.pinv(head) @ prior}

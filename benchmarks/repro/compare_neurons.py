@@ -35,7 +35,8 @@ from cutaway.ops.parts import take_apart
 from cutaway.ops.readout import Head
 from cutaway.ops.units import Unit
 
-SUMS, DRAWS, SIZES = (1, 3, 10, 30, 100)
+SUMS, DRAWS = 200, 5
+SIZES = (1, 3, 10, 30, 100)
 DEEP = (2, 3)
 SCORES: tuple[By, ...] = ("difference", "lost", "importance")
 
@@ -57,7 +58,7 @@ def sums(model: Model, count: int, seed: int = 0) -> list[tuple[Inputs, int]]:
 
 def sweep(model: Model, asked: list[tuple[Inputs, int]], layers: tuple[int, ...]) -> tuple[list[str], Tensor]:
     """The heads of some layers, and [sum, head] what log p of the answer falls by without each."""
-    sites = [f"L{i}.attn.z[{h}]" for i in layers for h in range(model.layers[i].attention.heads)]  # type: ignore[union-attr]
+    sites = [f"L{i}.attn.z[{h}]" for i in layers for h in range(model.layers[i].attention.heads)]
     rows = []
     for inputs, token in asked:
         found = replay(model, inputs, [Zero(s) for s in sites], Metric("logprob", (token,)), progress=False)
@@ -82,7 +83,7 @@ def curves(model: Model, asked: list[tuple[Inputs, int]], head: str) -> dict[str
         moved += 1
         both = Comparison([Case(Goal.of(readout.frozen(a.final, a.logits), [token]), a, b)], DEEP)
         index = {by: both.top(SIZES[-1], by).index for by in SCORES}
-        rankings = {by: both.units(i) for by, i in index.items()}
+        rankings: dict[str, Any] = {by: both.units(i) for by, i in index.items()}
         draws = Draws(model, rankings["difference"], inputs.ids.shape[1], n)
         rankings |= {f"random {d}": draws.draw(SIZES[-1]) for d in range(DRAWS)}
         left = mask_and_keep(model, [inputs], [token], list(rankings.values()), pool, SIZES)
@@ -99,13 +100,13 @@ def curves(model: Model, asked: list[tuple[Inputs, int]], head: str) -> dict[str
     for what, found in (("mask", masked), ("keep", kept)):
         values = {name: torch.stack(rows_) for name, rows_ in found.items()}
         values["random"] = torch.stack([values.pop(f"random {d}") for d in range(DRAWS)]).mean(0)
-        for name, value in values.items():
-            row = rows.setdefault(name, {})
+        for ranking, value in values.items():
+            row = rows.setdefault(ranking, {})
             row[what] = dict(zip(map(str, SIZES), value.mean(0).tolist(), strict=True))
             row[f"{what} area"] = float(value.mean())
             row[f"{what} area, less plain importance"] = interval(value.mean(1) - values["importance"].mean(1))
-    for by, shares in lost.items():
-        rows[by]["coefficient lost, first 10"] = float(torch.tensor(shares).mean())
+    for score, shares in lost.items():
+        rows[score]["coefficient lost, first 10"] = float(torch.tensor(shares).mean())
     return {"head": head, "sums": len(asked), "answer changes": moved, "rows": rows}
 
 

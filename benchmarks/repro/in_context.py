@@ -40,7 +40,7 @@ def trained() -> dict[str, Any]:
     model = load("labels")
     shown = Labels().examples(PROMPTS, shots=SHOTS)
     named = sorted({word for e in shown for word in e.prompt.split()[1::3]})
-    given = {"labels": named, "gold": [e.answer.strip() for e in shown]}
+    given: dict[str, Any] = {"labels": named, "gold": [e.answer.strip() for e in shown]}
     heads = in_context_heads(model, [e.prompt for e in shown], **given)
     bias = in_context_bias(model, [e.prompt for e in shown], ranking=heads, **given)
     proof = heads.proof

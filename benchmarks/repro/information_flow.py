@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.harness import keep
-from benchmarks.repro.neuron_attribution import interval, questions
+from benchmarks.harness import interval, keep
+from benchmarks.repro.neuron_attribution import questions
 from cutaway.core.intervention import Zero
 from cutaway.core.metric import Metric
 from cutaway.engine.replay import replay
@@ -40,7 +40,7 @@ def strongest(model: Model, inputs: Any, by: By) -> list[Unit]:
 
 def swept(model: Model, inputs: Any, token: int) -> list[Unit]:
     """The heads whose removal costs most, one at a time."""
-    units = [Unit("attn.z", i, h) for i, plan in enumerate(model.layers) for h in range(plan.attention.heads)]  # type: ignore[union-attr]
+    units = [Unit("attn.z", i, h) for i, plan in enumerate(model.layers) for h in range(plan.attention.heads)]
     found = replay(model, inputs, [Zero(str(u)) for u in units], Metric("logprob", (token,)), progress=False)
     return [units[i] for i in (found.base - found.values).argsort(descending=True)[:K].tolist()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def main(runs: int = 5) -> None:
     figures: dict[str, Any] = {f"T={length}": measured(model, length, runs) for length in LENGTHS}
     longest = model.inputs(torch.arange(max(LENGTHS))[None])
     figures["peak_mib_over_the_model"] = {
-        level: peak_mib(lambda level=level: attribute(model, longest, level)) for level in LEVELS
+        level: peak_mib(partial(attribute, model, longest, level)) for level in LEVELS
     }
     figures["peak_mib_over_the_model"]["neuron with proof"] = peak_mib(lambda: attribute(model, longest, "neuron", 5))
     figures["bars"] = BARS

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ def watching(name: str, hf: torch.nn.Module, runs: int) -> dict[str, Any]:
         seconds = interleaved(
             {
                 "bare": bare_pass(hf, inputs),
-                "unwatched": lambda inputs=inputs: model.trace(inputs),
-                "capture": lambda inputs=inputs: model.trace(inputs, want=CAPTURE),
-                "patterns": lambda inputs=inputs: model.trace(inputs, want="L*.attn.pattern"),
+                "unwatched": partial(model.trace, inputs),
+                "capture": partial(model.trace, inputs, want=CAPTURE),
+                "patterns": partial(model.trace, inputs, want="L*.attn.pattern"),
                 "eager": bare_pass(eager, inputs),
             },
             runs=runs,

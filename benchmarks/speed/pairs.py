@@ -39,7 +39,8 @@ def measured(model: Model, sweep: str, pairs: int, length: int, rounds: int) -> 
 
     def run(clean: torch.Tensor, corrupt: torch.Tensor) -> np.ndarray:
         given = {"clean": clean, "corrupt": corrupt, "metric": "logit_diff: #11, #22", "normalise": False}
-        values: np.ndarray = catalog.run(method, model, **given, **params).values
+        result: Any = catalog.run(method, model, **given, **params)
+        values: np.ndarray = result.values
         return values
 
     def together() -> None:

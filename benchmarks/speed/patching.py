@@ -87,11 +87,12 @@ def truth() -> dict[str, Any]:
         metric = Exchange.of(model, clean, corrupt, None, "clean->corrupt").metric
         given = {"clean": clean, "corrupt": corrupt, "metric": metric}
         for kind, by in KINDS:
-            exact = torch.from_numpy(catalog.run("patch", model, kind=kind, by=by, **given).values.copy())
+            swept: Any = catalog.run("patch", model, kind=kind, by=by, **given)
+            exact = torch.from_numpy(swept.values.copy())
             if float(exact.abs().max()) < 1e-3:
                 continue
             for steps in (1, 5, 10):
-                grid = catalog.run(
+                grid: Any = catalog.run(
                     "attribution_patching", model, kind=kind, by=by, steps=steps, draws=0, verify=0, **given
                 )
                 values = torch.from_numpy(grid.values.copy())
@@ -111,7 +112,7 @@ def heads(length: int, rounds: int) -> dict[str, Any]:
     def sweep() -> None:
         catalog.run("patch", model, clean=other, corrupt=base, metric=METRIC, kind="attn.z", by="head")
 
-    seconds = interleaved({"loop": lambda: loop(model.hf, base, cells), "patch": sweep}, rounds)
+    seconds = interleaved({"loop": lambda: loop(model.hf, base, [[cell] for cell in cells]), "patch": sweep}, rounds)
     return {
         "heads": len(cells),
         "rounds": rounds,
@@ -161,7 +162,7 @@ def paths(length: int, rounds: int, layer: int = 9, head: int = 6, timed: int = 
     model = Model(gpt2_small())
     base, other = map(model.inputs, prompts(length))
     exchange = Exchange.of(model, other, base, METRIC, "clean->corrupt")
-    blocks = model.hf.transformer.h
+    blocks: Any = model.hf.transformer.h
     kept: dict[str, Any] = {"z": {}, "attention": {}, "mlp": {}}
     hooks = []
     for i, block in enumerate(blocks):
@@ -230,7 +231,8 @@ def traces(length: int, rounds: int, noises: int = 5, timed: int = 6) -> dict[st
     """States restored one by one under noise on two tokens; some cells of the loops are timed and scaled to all."""
     model = Model(gpt2_small())
     ids, subject = prompts(length)[0], [1, 2]
-    blocks, embed = model.hf.transformer.h, model.hf.get_input_embeddings()
+    hf: Any = model.hf
+    blocks, embed = hf.transformer.h, hf.get_input_embeddings()
     found: dict[str, Any] = {}
 
     def ours() -> None:

@@ -304,7 +304,7 @@ def by_nnsight(hf: nn.Module, inputs: Inputs, other: Inputs) -> Callable[[], lis
         found: list[float] = []
         for layer in range(LAYERS):
             with torch.no_grad(), wrapped.trace() as tracer:
-                values = list().save()  # noqa: C408  (the library gives lists a save method)
+                values: Any = list().save()  # type: ignore[attr-defined]  # noqa: C408  (the library gives lists a save method)
                 for p in range(inputs.ids.shape[1]):
                     with tracer.invoke(inputs.ids):
                         wrapped.transformer.h[layer].input[:, p] = source[layer, :, p]
