@@ -10,7 +10,7 @@ import typer
 
 from cutaway.cli.options import Delivery, Folder, Loading
 from cutaway.cli.output import check_targets, deliver
-from cutaway.core.errors import ResultError
+from cutaway.core.errors import ParameterError, ResultError
 
 
 class How(StrEnum):
@@ -66,6 +66,9 @@ def convert(
 
     check_targets(delivery)
     if not is_foreign(file):
+        if model or whole:
+            found = "it is a saved result, which says itself what model it is of and is always whole"
+            raise ParameterError(f"{'--model' if model else '--whole'} with {str(file)!r}", found, "leave it out")
         deliver(open_result(file), delivery)
         return
     wiring = Wiring.of_model(loading.model(model)) if model else None

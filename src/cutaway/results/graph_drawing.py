@@ -110,10 +110,10 @@ def _frame(graph: Graph, edges: int) -> _Frame:
         layout = layered(height, ends, widths, _between(room, GAPS))
         return _Frame(kept, used, ends, names, row_names, layout, _between(TALL / max(len(levels), 1), RISES), [])
     tokens = _tokens(graph, position)
-    listed = np.array(sorted(tokens)) if len(tokens) <= COLUMNS else np.unique(position[used])
+    listed = np.unique([*(tokens if len(tokens) <= COLUMNS else ()), *position[used]])
     pitch = _between((WIDE + 200) / max(len(listed), 1), PITCHES)
     layout = columned(height, np.searchsorted(listed, position[used]), pitch, DOT)
-    columns = [((i + 0.5) * pitch, tokens[int(at)]) for i, at in enumerate(listed)]
+    columns = [((i + 0.5) * pitch, tokens.get(int(at), str(at))) for i, at in enumerate(listed)]
     rise = _between(TALL / max(len(levels), 1), DOT_RISES)
     return _Frame(kept, used, ends, names, row_names, layout, rise, columns)
 

@@ -234,6 +234,8 @@ def test_nodes_with_positions_stand_in_columns_in_the_order_of_tokens() -> None:
     assert [row["text"] for row in parts(spec, "head")] == ["head 2", "head 1"]
     whole = flow(about={"tokens": ["<s>", " Ada", " lives", "in"]}).spec()
     assert [row["text"] for row in parts(whole, "column")] == ["<s>", "·Ada", "·lives", "in"]
+    short = flow(about={"tokens": ["<s>", " Ada"]}).spec()
+    assert [row["text"] for row in parts(short, "column")] == ["<s>", "·Ada", "3"]
 
 
 def test_tokens_wider_than_their_columns_stand_upright() -> None:

@@ -289,7 +289,8 @@ def test_the_command_line_chooses_and_converts(
     assert weights(read) == pytest.approx(weights(found), rel=1e-6)
     assert main(["convert", str(there), "--whole", "--out", str(tmp_path / "whole")]) == 0
     assert len(open_result(tmp_path / "whole").weight) == 262
-    capsys.readouterr()
+    assert main(["convert", str(chosen), "--whole"]) == 2
+    assert "--whole with" in capsys.readouterr().err
     assert main(["convert", str(there), "--model", "circuit-induction"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "is of a model with 3 layers of 4 heads; this one has 2 layers of 4 heads" in said
