@@ -8,6 +8,9 @@ A state y is a sum of vectors z. The share of one of them is
 Where norms remove the mean of a state, as LayerNorm does, means are taken out of all vectors first: nothing reads them,
 and one large mean would stand for the whole state.
 
+A mixer (linear attention, a state space, a convolution) adds one vector and does not say from which positions: its
+share is told, and traced no further.
+
 Multiplied along paths, shares say how much of a last state came through a place: what flows into a state is divided
 among its addends, from the end to the embeddings.
 
@@ -40,6 +43,7 @@ class Sums:
 
     Attributes:
         stays: [pos] of what stood there. heads: [pos, source, head]; None in a layer without attention.
+        mixer: [pos] of what a mixer added in place of heads.
         mlp: [pos]; None without an MLP. after: [pos] of the state behind the attention, where the MLP adds to that.
         constant: [pos] of biases and norms' shifts.
         parallel: heads and MLP add to one and the same state; then ``after`` is None.
@@ -48,6 +52,7 @@ class Sums:
     stays: Tensor
     heads: Tensor | None
     constant: Tensor
+    mixer: Tensor | None = None
     mlp: Tensor | None = None
     after: Tensor | None = None
     parallel: bool = False
@@ -71,7 +76,12 @@ def flow(model: WatchedModel, inputs: Inputs, by: By) -> Flow:
         UnsupportedError: a layer does not add to the stream, or what its heads bring from where cannot be told.
     """
     n = inputs.ids.shape[1]
-    attends = [i for i, plan in enumerate(model.layers) if plan.has("attn.out")]
+    attends = [i for i, plan in enumerate(model.layers) if plan.has("attn.out") and plan.attention is not None]
+    if not attends:
+        why = next(
+            (plan.refused["attn.pattern"] for plan in model.layers if "attn.pattern" in plan.refused), "no heads"
+        )
+        raise UnsupportedError(f"what heads of {model.name} bring from each position", why, "")
     for i in attends:
         plan = model.layers[i]
         if not (plan.has("attn.pattern") and plan.has("attn.v") and plan.w_o):
@@ -89,7 +99,8 @@ def _layer(model: WatchedModel, parts: Parts, i: int, by: By, centres: bool) -> 
     layer = parts.layers[i]
     n = layer.x.shape[0]
     brings, how = _brings(model, parts, i)
-    stays, constant, heads, mlps, errors = [], [], [], [], []
+    mixes = layer.attn if brings is None else None
+    stays, constant, heads, mixed, mlps, errors = [], [], [], [], [], []
     for t in range(n):
         fixed = torch.zeros_like(layer.x[t]) if how is None else how.constant[t]
         addends = [layer.x[t][None], fixed[None]]
@@ -97,6 +108,8 @@ def _layer(model: WatchedModel, parts: Parts, i: int, by: By, centres: bool) -> 
         if layer.parallel and layer.mlp is not None:
             addends.append(layer.mlp[t][None])
             y = y + layer.mlp[t]
+        if mixes is not None:
+            addends.append(mixes[t][None])
         first = sum(len(a) for a in addends)
         if brings is not None and how is not None:
             addends.append(how.at(t)(brings.moved(t)[:, :, None])[:, :, 0].flatten(0, 1))
@@ -107,6 +120,8 @@ def _layer(model: WatchedModel, parts: Parts, i: int, by: By, centres: bool) -> 
         constant.append(share[1])
         if layer.parallel and layer.mlp is not None:
             mlps.append(share[2])
+        if mixes is not None:
+            mixed.append(share[first - 1])
         heads.append(share[first:].view(n, -1) if brings is not None else share[first:])
     after = None
     if layer.mlp is not None and not layer.parallel:
@@ -119,6 +134,7 @@ def _layer(model: WatchedModel, parts: Parts, i: int, by: By, centres: bool) -> 
             torch.stack(stays),
             torch.stack(heads) if brings is not None else None,
             torch.stack(constant),
+            torch.stack(mixed) if mixed else None,
             torch.stack(mlps) if mlps else None,
             after,
             layer.parallel,
@@ -151,7 +167,7 @@ class _Brings:
 def _brings(model: WatchedModel, parts: Parts, i: int) -> tuple[_Brings | None, Writer | None]:
     """What heads bring from where to where, and the way on."""
     layer, plan = parts.layers[i], model.layers[i]
-    if layer.attn is None or parts.trace is None:
+    if layer.attn is None or plan.attention is None or parts.trace is None:
         return None, None
     at = {site.kind: x[0].float() for site, x in parts.trace.items() if site.layer == i and site.kind[:5] == "attn."}
     alpha, v = at["attn.pattern"], at["attn.v"]
@@ -183,12 +199,13 @@ class Routes:
     Attributes:
         states: [layer + 1, pos] through the states before each layer and at the end. middle: [layer, pos] through those
             between attention and MLP; 0 where there is none.
-        heads: by layer [pos, source, head]. mlp, stays, after: by layer [pos]. constant: from biases, in all.
+        heads: by layer [pos, source, head]. mixer, mlp, stays, after: by layer [pos]. constant: from biases, in all.
     """
 
     states: Tensor
     middle: Tensor
     heads: dict[int, Tensor]
+    mixer: dict[int, Tensor]
     mlp: dict[int, Tensor]
     stays: Tensor
     after: dict[int, Tensor]
@@ -201,6 +218,7 @@ def routes(found: Flow, position: int) -> Routes:
     states, middle = torch.zeros(n_layers + 1, n), torch.zeros(n_layers, n)
     stays = torch.zeros(n_layers, n)
     heads: dict[int, Tensor] = {}
+    mixer: dict[int, Tensor] = {}
     mlp: dict[int, Tensor] = {}
     after: dict[int, Tensor] = {}
     states[n_layers, position] = 1.0
@@ -222,4 +240,6 @@ def routes(found: Flow, position: int) -> Routes:
         if sums.heads is not None:
             heads[i] = sums.heads.cpu() * below[:, None, None]
             states[i] += heads[i].sum((0, 2))
-    return Routes(states, middle, heads, mlp, stays, after, constant)
+        if sums.mixer is not None:
+            mixer[i] = sums.mixer.cpu() * below
+    return Routes(states, middle, heads, mixer, mlp, stays, after, constant)

@@ -21,6 +21,7 @@ from cutaway.ops.units import Unit
 from cutaway.ops.watched import rounding
 from cutaway.results.graph import Graph
 
+MIXES = 0.5  # how far above the state before its layer a mixer stands
 WORTH = 0.1  # of the strongest head: heads below are not taken away
 
 
@@ -39,8 +40,9 @@ def information_flow(
     """The paths from the tokens to the last state, by the share of it that came along each, from one forward pass.
 
     Nodes are token states; edges are what stayed, what each head brought from each position, and what the MLP added.
-    Every state is shared out among its addends, nothing is cut off; the picture alone shows the strongest. The proof
-    zeroes the heads that carry most, and compares with random ones.
+    Every state is shared out among its addends, nothing is cut off; the picture alone shows the strongest. Mixers
+    (linear attention, state spaces) do not say what they read: paths end there. The proof zeroes the heads that carry
+    most, and compares with random ones.
 
     Source: Ferrando and Voita (2024), "Information flow routes: automatically interpreting language models at scale".
 
@@ -103,6 +105,7 @@ def information_flow(
         notes=(
             "tokens it came from: " + ", ".join(f"{inputs.tokens[0][s]!r} {float(start[s]):.3f}" for s in shown),
             f"biases: {through.constant:.3f}",
+            *_mixed(through),
             "heads it came through: " + ", ".join(f"{unit} {weight:.3f}" for unit, weight in strongest[:5]),
             *notes,
         ),
@@ -111,16 +114,16 @@ def information_flow(
 
 class _Node(NamedTuple):
     name: str
-    height: int
+    height: float
     position: int
     through: float
 
 
 class _Nodes(NamedTuple):
-    """The nodes that something flows through; ``at`` finds one by (height, position)."""
+    """The nodes that something flows through; ``at`` finds one by (height, position), a mixer's half a step higher."""
 
     kept: list[_Node]
-    at: dict[tuple[int, int], int]
+    at: dict[tuple[float, int], int]
 
 
 class _Edge(NamedTuple):
@@ -146,6 +149,12 @@ def _nodes(found: Flow, through: Routes, inputs: Inputs) -> _Nodes:
                 for t, w in enumerate(through.middle[i])
                 if float(w) != 0
             ]
+        if i in through.mixer:
+            kept += [
+                _Node(f"L{i}.attn.out@{t}", 2 * i + MIXES, t, float(w))
+                for t, w in enumerate(through.mixer[i])
+                if float(w) != 0
+            ]
     return _Nodes(kept, {(node.height, node.position): n for n, node in enumerate(kept)})
 
 
@@ -156,7 +165,7 @@ def _edges(found: Flow, through: Routes, nodes: _Nodes) -> list[_Edge]:
         low, high = 2 * i, 2 * i + 2
         middle = 2 * i + 1 if sums.after is not None else high
 
-        def add(a: tuple[int, int], b: tuple[int, int], weight: Tensor, kind: str, head: int, own: Tensor) -> None:
+        def add(a: tuple[float, int], b: tuple[float, int], weight: Tensor, kind: str, head: int, own: Tensor) -> None:
             if float(weight) != 0:
                 edges.append(_Edge(nodes.at[a], nodes.at[b], float(weight), kind, head, float(own)))
 
@@ -165,12 +174,22 @@ def _edges(found: Flow, through: Routes, nodes: _Nodes) -> list[_Edge]:
             if sums.heads is not None:
                 for s, h in through.heads[i][t].nonzero().tolist():
                     add((low, s), (middle, t), through.heads[i][t, s, h], "head", h, sums.heads[t, s, h])
+            if sums.mixer is not None:
+                add((low + MIXES, t), (middle, t), through.mixer[i][t], "mixer", -1, sums.mixer[t])
             if sums.after is not None:
                 add((middle, t), (high, t), through.after[i][t], "stays", -1, sums.after[t])
             if sums.mlp is not None:
                 below = middle if sums.after is not None else low
                 add((below, t), (high, t), through.mlp[i][t], "mlp", -1, sums.mlp[t])
     return edges
+
+
+def _mixed(through: Routes) -> list[str]:
+    """What of the flow ends in mixers."""
+    if not through.mixer:
+        return []
+    total = sum(float(weights.sum()) for weights in through.mixer.values())
+    return [f"mixers, which do not say from which tokens: {total:.3f}"]
 
 
 def _strongest(through: Routes) -> list[tuple[Unit, float]]:

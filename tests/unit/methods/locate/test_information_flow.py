@@ -96,6 +96,37 @@ def test_contributions_to_each_state_sum_to_one_and_nothing_is_lost(name, by):
     )
 
 
+@pytest.mark.parametrize("by", ["proximity", "projection"])
+@pytest.mark.parametrize("name", ["BambaForCausalLM", "Qwen3NextForCausalLM", "NemotronHForCausalLM"])
+def test_paths_end_in_mixers_and_nothing_is_lost(name, by):
+    """State spaces and linear attention add a vector that comes from no position in particular."""
+    model = Model(tiny(name).hf)
+    found = flow(model, model.inputs(IDS), by)
+    mixers = [i for i, plan in enumerate(model.layers) if plan.has("attn.out") and not plan.has("attn.pattern")]
+    assert [i for i, sums in enumerate(found.layers) if sums.mixer is not None] == mixers
+    assert mixers
+    for sums in (found.layers[i] for i in mixers):
+        torch.testing.assert_close(sums.stays + sums.mixer, torch.ones(len(IDS)), rtol=0, atol=1e-4)
+        assert sums.heads is None
+    through = routes(found, len(IDS) - 1)
+    mixed = sum(float(weights.sum()) for weights in through.mixer.values())
+    assert float(through.states[0].sum()) + through.constant + mixed == pytest.approx(1, abs=1e-4)
+    graph = information_flow(model, IDS, share=by, draws=0)
+    assert f"mixers, which do not say from which tokens: {mixed:.3f}" in graph.notes
+    kinds, names = graph.edge_columns["kind"], graph.nodes
+    ends = {str(names[s]) for s, kind in zip(graph.source, kinds, strict=True) if kind == "mixer"}
+    assert ends <= {f"L{i}.attn.out@{t}" for i in mixers for t in range(len(IDS))}
+    assert ends.isdisjoint(map(str, names[graph.target]))
+    assert graph.weight[kinds == "mixer"].sum() == pytest.approx(mixed, abs=1e-4)
+    assert graph.check.holds
+    assert graph.spec()
+
+
+def test_a_model_without_heads_is_refused():
+    with pytest.raises(UnsupportedError, match="no attention that ends in a softmax"):
+        information_flow(Model(tiny("FalconMambaForCausalLM").hf), IDS)
+
+
 @torch.no_grad()
 def test_a_share_is_its_definition():
     """One head from one position, spelled out with the model's own matrices."""
