@@ -76,23 +76,22 @@ def flow(model: WatchedModel, inputs: Inputs, by: By) -> Flow:
         UnsupportedError: a layer does not add to the stream, or what its heads bring from where cannot be told.
     """
     n = inputs.ids.shape[1]
-    attends = [i for i, plan in enumerate(model.layers) if plan.has("attn.out") and plan.attention is not None]
+    layers = model.anatomy(inputs).stacks[""]  # with its image, where layers run that otherwise do not
+    attends = [i for i, plan in enumerate(layers) if plan.has("attn.out") and plan.attention is not None]
     if not attends:
-        why = next(
-            (plan.refused["attn.pattern"] for plan in model.layers if "attn.pattern" in plan.refused), "no heads"
-        )
+        why = next((plan.refused["attn.pattern"] for plan in layers if "attn.pattern" in plan.refused), "no heads")
         raise UnsupportedError(f"what heads of {model.name} bring from each position", why, "")
     for i in attends:
-        plan = model.layers[i]
+        plan = layers[i]
         if not (plan.has("attn.pattern") and plan.has("attn.v") and plan.w_o):
             why = plan.refused.get("attn.pattern") or "its heads are not written by one matrix"
             raise UnsupportedError(f"what heads of layer {i} of {model.name} bring from each position", why, "")
     extra = [f"L{i}.{kind}" for i in attends for kind in ("attn.pattern", "attn.v")]
-    extra += [f"L{i}.attn.z" for i in attends if model.layers[i].gated]
+    extra += [f"L{i}.attn.z" for i in attends if layers[i].gated]
     parts = take_apart(model, inputs, n, "layer", extra)
     centres = Head(model).norm.centres
-    layers = [_layer(model, parts, i, by, centres) for i in range(len(parts.layers))]
-    return Flow(tuple(sums for sums, _ in layers), max(error for _, error in layers))
+    found = [_layer(model, parts, i, by, centres) for i in range(len(parts.layers))]
+    return Flow(tuple(sums for sums, _ in found), max(error for _, error in found))
 
 
 def _layer(model: WatchedModel, parts: Parts, i: int, by: By, centres: bool) -> tuple[Sums, float]:
