@@ -19,6 +19,7 @@ from torch import Tensor
 from cutaway.core.errors import ParameterError, UnsupportedError
 from cutaway.core.intervention import Add, Apply, Intervention, Set, Where
 from cutaway.core.site import Items, Site
+from cutaway.core.trace import Trace
 from cutaway.engine.base import Base, record, why_not
 from cutaway.engine.exchanges import size_of
 from cutaway.engine.front import attention_inputs, mlp_outputs
@@ -235,7 +236,8 @@ class Paths:
 
     # -- by whole layers, every set a row -----------------------------------------------------------------------------
     @cached_property
-    def _gets(self) -> Run:
+    def _gets(self) -> Trace:
+        """The receiving run, up to the last receiver."""
         kinds = ("attn.z", "attn.out", "mlp.out")
         layers = range(min(self.last + 1, len(self.layers)))
         sites = [Site(kind, Items.of(i)) for i in layers for kind in kinds if self.layers[i].has(kind)]
@@ -243,8 +245,9 @@ class Paths:
             for kind in ("attn.out", "mlp.out"):
                 if not self.layers[i].has(kind) and self.between != "recomputed":
                     raise UnsupportedError(f"freeze layer {i}", self.layers[i].refused[kind], "between='recomputed'")
-        end = Site("resid_post", Items.of(len(self.layers) - 1))
-        return observe(self.model, self.exchange.receiver, [*sites, end])
+        if any(r.kind == FINAL for r in self.receivers):
+            sites.append(Site("resid_post", Items.of(len(self.layers) - 1)))
+        return self.model.trace(self.exchange.receiver, want=sites, stop=True)
 
     def _in_rows(self, sets: Sequence[Some]) -> list[list[Intervention]]:
         inputs = self.exchange.receiver
@@ -262,7 +265,7 @@ class Paths:
             for received, receiver in zip(found, self.receivers, strict=True):
                 for n in range(len(some)):
                     if receiver.kind == FINAL:
-                        change = trace[end][n : n + 1] - self._gets.values[end]
+                        change = trace[end][n : n + 1] - self._gets[end]
                         received.append(Add(end, change))
                     elif receiver.kind == "mlp.in":
                         received.append(self._received(receiver, seen[Site("mlp.out", receiver.layers)][n : n + 1]))
@@ -284,15 +287,15 @@ class Paths:
             attention, mlp = self.between != "recomputed", self.between == "frozen"
             site = Site("attn.z", Items.of(i))
             if heads:
-                do.append(self._mixed(site, heads, self._gets.values[site] if attention else None, False, seen))
+                do.append(self._mixed(site, heads, self._gets[site] if attention else None, False, seen))
             if attention:
                 out = Site("attn.out", Items.of(i))
                 live = [row for row, _ in heads]
-                do.append(self._mixed(out, [], self._gets.values[out], False, seen, live))
+                do.append(self._mixed(out, [], self._gets[out], False, seen, live))
             out = Site("mlp.out", Items.of(i))
             receives = any(r.kind == "mlp.in" and r.layer == i for r in self.receivers)
             if mlps or mlp or receives:
-                do.append(self._mixed(out, mlps, self._gets.values[out] if mlp else None, receives, seen))
+                do.append(self._mixed(out, mlps, self._gets[out] if mlp else None, receives, seen))
         return do
 
     def _mixed(
