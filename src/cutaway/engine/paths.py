@@ -81,6 +81,7 @@ class Paths:
         between: Between,
         rows: bool = False,
         gives: Run | None = None,
+        gets: Base | None = None,
     ) -> None:
         self.model, self.exchange, self.between = model, exchange, between
         self.senders, self.receivers = list(senders), list(receivers)
@@ -96,6 +97,7 @@ class Paths:
         kinds = {whole_of(s) for s in senders}
         self.gives = gives or observe(model, exchange.giver, kinds)
         self.given = self.gives.value(exchange.metric)
+        self._known = {} if gets is None else gets.values
         self.how: str = "front"
         self.base: Base | None = None
         if rows or between != "frozen":
@@ -235,6 +237,10 @@ class Paths:
         return Set(site, part(self.gives.values[site.whole()], site, self.exchange.giver))
 
     # -- by whole layers, every set a row -----------------------------------------------------------------------------
+    def _got(self, site: Site) -> Tensor:
+        """What the receiving run has at a site: as it was recorded, or from a run of its own."""
+        return self._known[site] if site in self._known else self._gets[site]
+
     @cached_property
     def _gets(self) -> Trace:
         """The receiving run, up to the last receiver."""
@@ -265,7 +271,7 @@ class Paths:
             for received, receiver in zip(found, self.receivers, strict=True):
                 for n in range(len(some)):
                     if receiver.kind == FINAL:
-                        change = trace[end][n : n + 1] - self._gets[end]
+                        change = trace[end][n : n + 1] - self._got(end)
                         received.append(Add(end, change))
                     elif receiver.kind == "mlp.in":
                         received.append(self._received(receiver, seen[Site("mlp.out", receiver.layers)][n : n + 1]))
@@ -287,15 +293,16 @@ class Paths:
             attention, mlp = self.between != "recomputed", self.between == "frozen"
             site = Site("attn.z", Items.of(i))
             if heads:
-                do.append(self._mixed(site, heads, self._gets[site] if attention else None, False, seen))
-            if attention:
+                do.append(self._mixed(site, heads, self._got(site) if attention else None, False, seen))
+            receives = any(r.kind == "mlp.in" and r.layer == i for r in self.receivers)
+            read = i < self.last or receives
+            if attention and read:
                 out = Site("attn.out", Items.of(i))
                 live = [row for row, _ in heads]
-                do.append(self._mixed(out, [], self._gets[out], False, seen, live))
+                do.append(self._mixed(out, [], self._got(out), False, seen, live))
             out = Site("mlp.out", Items.of(i))
-            receives = any(r.kind == "mlp.in" and r.layer == i for r in self.receivers)
-            if mlps or mlp or receives:
-                do.append(self._mixed(out, mlps, self._gets[out] if mlp else None, receives, seen))
+            if mlps or (mlp and read) or receives:
+                do.append(self._mixed(out, mlps, self._got(out) if mlp else None, receives, seen))
         return do
 
     def _mixed(

@@ -242,7 +242,7 @@ def _check(
     errors = []
     for i, (pair, one) in enumerate(zip(pairs, found, strict=True)):
         paths = kept[i]
-        again = Paths(model, pair, [sender], chosen, paths.between, rows=True, gives=paths.gives)
+        again = Paths(model, pair, [sender], chosen, paths.between, rows=True, gives=paths.gives, gets=paths.base)
         do = [c for c in again.changes([(sender,)])[0] if c is not None]
         value = pair.scored(model.trace(pair.receiver, do=do).logits, pair.receiver)
         errors.append(value - one.base - float(one.values[row, column]))
