@@ -285,6 +285,7 @@ class Paths:
         for row, some in enumerate(sets):
             for sender in some:
                 by_layer[-1 if sender.kind == "embed" else sender.layer, sender.kind].append((row, sender))
+        first = min(layer for layer, _ in by_layer)
         do: list[Intervention] = []
         if embedded := by_layer[-1, "embed"]:
             do.append(self._mixed(Site("resid_pre", Items.of(0)), embedded, None, False, seen))
@@ -293,7 +294,8 @@ class Paths:
             attention, mlp = self.between != "recomputed", self.between == "frozen"
             site = Site("attn.z", Items.of(i))
             if heads:
-                do.append(self._mixed(site, heads, self._got(site) if attention else None, False, seen))
+                moved = attention and first < i  # below the first sender nothing moves the other heads
+                do.append(self._mixed(site, heads, self._got(site) if moved else None, False, seen))
             receives = any(r.kind == "mlp.in" and r.layer == i for r in self.receivers)
             read = i < self.last or receives
             if attention and read:
