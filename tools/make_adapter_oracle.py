@@ -9,17 +9,14 @@ are those of tools/make_oracle.py, drawn bit for bit alike on every machine.
 from __future__ import annotations
 
 import importlib
-import json
-import platform
 import random
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from tools.make_oracle import build, recipes
+from tools.make_oracle import build, recipes, write_versions
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden" / "peft"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,9 +62,7 @@ def main() -> None:
         (FOLDER / name / "README.md").unlink(missing_ok=True)
         save_file({"logits": logits.contiguous()}, FOLDER / name / "logits.safetensors")
         print(f"{name}: {sum(p.numel() for p in tuned.parameters() if p.requires_grad):,} numbers trained")
-    made_with = {package: version(package) for package in ("peft", "transformers", "torch")}
-    text = json.dumps({**made_with, "python": platform.python_version()}, indent=2)
-    (FOLDER / "versions.json").write_text(text + "\n", encoding="utf-8")
+    write_versions(FOLDER, "peft")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import platform
 import random
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tools.make_oracle import build
+from tools.make_oracle import build, write_versions
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden" / "eap_ig"
 PAIRS, POSITIONS, CHANGED, STEPS = 4, 8, (3, 6), (1, 5)
@@ -109,9 +107,7 @@ def main() -> None:
         arrays = scores(recipe)
         save_file(arrays, FOLDER / f"{name}.safetensors")
         print(f"{name}: {len(arrays)} arrays")
-    made_with = {package: version(package) for package in ("transformer-lens", "transformers", "torch")}
-    text = json.dumps({**made_with, "python": platform.python_version()}, indent=2)
-    (FOLDER / "versions.json").write_text(text + "\n", encoding="utf-8")
+    write_versions(FOLDER, "transformer-lens")
 
 
 if __name__ == "__main__":

@@ -89,15 +89,20 @@ def _tokenizer(size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="#0", pad_token="#0")
 
 
+def write_versions(folder: Path, oracle: str) -> None:
+    """Say in ``versions.json`` what made the files of a folder."""
+    made_with = {package: version(package) for package in (oracle, "transformers", "torch")}
+    text = json.dumps({**made_with, "python": platform.python_version()}, indent=2)
+    (folder / "versions.json").write_text(text + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Write one file per recipe, and the versions that made them."""
     for name, recipe in recipes().items():
         arrays = dict(seen(recipe))
         save_file(arrays, FOLDER / f"{name}.safetensors")
         print(f"{name}: {len(arrays)} arrays")
-    made_with = {package: version(package) for package in ("transformer-lens", "transformers", "torch")}
-    text = json.dumps({**made_with, "python": platform.python_version()}, indent=2)
-    (FOLDER / "versions.json").write_text(text + "\n", encoding="utf-8")
+    write_versions(FOLDER, "transformer-lens")
 
 
 if __name__ == "__main__":

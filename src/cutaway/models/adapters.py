@@ -6,9 +6,9 @@ it is a model like any other: its neurons and heads are those of the tuned model
 
 from __future__ import annotations
 
-import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cutaway.core.errors import LoadError, UnsupportedError, WeightsError, nearest
-from cutaway.models.source import ADAPTER, ADAPTER_WEIGHTS, Source, require_whole, specimen_or_folder
-from cutaway.models.upstream import reason
+from cutaway.models.source import ADAPTER, ADAPTER_WEIGHTS, Source, require_whole, settings_in, specimen_or_folder
 
 PREFIX = "base_model.model."
 TRUE_START = (True, False, "gaussian", "orthogonal", "eva")
@@ -70,12 +69,7 @@ class Adapter:
         asked, file = f"adapter '{source.name}'", source.folder / ADAPTER
         if not file.is_file():
             raise LoadError(asked, f"the folder has no {ADAPTER}", "give a folder that peft's save_pretrained wrote")
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise LoadError(asked, f"{ADAPTER} cannot be read ({reason(error)})", "get the file again") from error
-        if not isinstance(config, dict):
-            raise LoadError(asked, f"{ADAPTER} holds a {type(config).__name__}, not settings", "get the file again")
+        config = settings_in(file, asked)
         _require_known(asked, config)
         weights = source.folder / ADAPTER_WEIGHTS
         if not weights.is_file():
@@ -97,6 +91,7 @@ class Adapter:
             WeightsError: a module that the model lacks, a shape that does not fit, or numbers that are not finite.
             UnsupportedError: a weight that two modules share, is quantised, or is no matrix.
         """
+        model = _Weights(self, base, hf)
         low: dict[str, dict[str, Tensor]] = {}
         whole: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
@@ -108,16 +103,15 @@ class Adapter:
                 whole[name] = tensor
         for name, tensor in whole.items():
             path, _, leaf = name.rpartition(".")
-            weight = self._weight(hf, base, path, leaf)
+            weight = model.weight(path, leaf)
             self._require_shape(name, tensor.shape, weight.shape)
             with torch.no_grad():
                 weight.copy_(tensor)
         for path, parts in low.items():
-            self._merge_low(hf, base, path, parts)
+            self._merge_low(model, path, parts)
 
-    def _merge_low(self, hf: nn.Module, base: str, path: str, parts: Mapping[str, Tensor]) -> None:
-        weight = self._weight(hf, base, path, "weight")
-        module = hf.get_submodule(path)
+    def _merge_low(self, model: _Weights, path: str, parts: Mapping[str, Tensor]) -> None:
+        weight = model.weight(path, "weight")
         a, b = (parts.get(f"lora_{x}", parts.get(f"lora_embedding_{x}")) for x in "AB")
         if a is None or b is None:
             missing = "A" if a is None else "B"
@@ -128,7 +122,7 @@ class Adapter:
         looked_up = "lora_embedding_A" in parts
         if looked_up and "lora_magnitude_vector" in parts:
             raise UnsupportedError(f"adapter '{self.name}'", f"{path} is an embedding under DoRA", WHOLE)
-        turned = looked_up or _reads_rows(module)
+        turned = looked_up or _reads_rows(model.modules[path])
         with torch.no_grad():
             change = b.float() @ a.float() * self._scaling(path, a.shape[0])
             change = (change.T if turned else change).to(weight.device)
@@ -144,25 +138,38 @@ class Adapter:
         alpha = float(_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha", 8)))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def _weight(self, hf: nn.Module, base: str, path: str, leaf: str) -> Tensor:
-        asked, modules = f"adapter '{self.name}'", dict(hf.named_modules())
-        weight = getattr(modules.get(path), leaf, None)
-        if not isinstance(weight, Tensor):
-            found = f"{base} has no weight {path}.{leaf}" if path in modules else f"{base} has no module {path}"
-            theirs = f"it was made for {self.base}" if self.base and self.base != base else ""
-            raise WeightsError(asked, found, nearest(path, modules) or theirs)
-        if not weight.is_floating_point():
-            raise UnsupportedError(asked, f"{path} of {base} is quantised ({weight.dtype})", "load it in bfloat16")
-        owners = [name for name, module in modules.items() for p in module.parameters(recurse=False) if p is weight]
-        if len(owners) > 1:
-            found = f"{' and '.join(owners)} of {base} share one weight, and changing one would change both"
-            raise UnsupportedError(asked, found, "merge it with peft into a model saved with tie_word_embeddings=false")
-        return weight
-
     def _require_shape(self, name: str, ours: torch.Size, theirs: torch.Size) -> None:
         if ours != theirs:
             found = f"{name} is {list(ours)} there and {list(theirs)} in the model"
             raise WeightsError(f"adapter '{self.name}'", found, f"it was made for {self.base or 'another model'}")
+
+
+class _Weights:
+    """The weights of a model that an adapter is merged into, by module; found out once for all of them."""
+
+    def __init__(self, adapter: Adapter, base: str, hf: nn.Module) -> None:
+        self.adapter, self.base = adapter, base
+        self.modules = dict(hf.named_modules())
+        self._owners: dict[int, list[str]] = defaultdict(list)
+        for name, module in self.modules.items():
+            for weight in module.parameters(recurse=False):
+                self._owners[id(weight)].append(name)
+
+    def weight(self, path: str, leaf: str) -> Tensor:
+        """The weight of one module alone, as floats."""
+        asked, theirs = f"adapter '{self.adapter.name}'", self.adapter.base
+        weight = getattr(self.modules.get(path), leaf, None)
+        if not isinstance(weight, Tensor):
+            kind = f"weight {path}.{leaf}" if path in self.modules else f"module {path}"
+            made = f"it was made for {theirs}" if theirs and theirs != self.base else ""
+            raise WeightsError(asked, f"{self.base} has no {kind}", nearest(path, self.modules) or made)
+        if not weight.is_floating_point():
+            found = f"{path} of {self.base} is quantised ({weight.dtype})"
+            raise UnsupportedError(asked, found, "load it in bfloat16")
+        if len(owners := self._owners[id(weight)]) > 1:
+            found = f"{' and '.join(owners)} of {self.base} share one weight, and changing one would change both"
+            raise UnsupportedError(asked, found, "merge it with peft into a model saved with tie_word_embeddings=false")
+        return weight
 
 
 def _reads_rows(module: nn.Module) -> bool:

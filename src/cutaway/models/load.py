@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import util
 from pathlib import Path
@@ -15,7 +14,7 @@ from cutaway.core.errors import LoadError, UnsupportedError, WeightsError, neare
 from cutaway.models.adapters import Adapter, taken_apart
 from cutaway.models.handle import Model
 from cutaway.models.processor import has_images, load_processor
-from cutaway.models.source import ADAPTER, CONFIG, Source, locate, weight_files
+from cutaway.models.source import ADAPTER, CONFIG, Source, locate, settings_in, weight_files
 from cutaway.models.upstream import explained, quiet
 
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
@@ -150,17 +149,7 @@ def _settings(source: Source) -> Mapping[str, Any]:
             f"there is one in {', '.join(repr(b) for b in below[:3])}" if below else "give a folder of save_pretrained"
         )
         raise LoadError(asked, f"the folder has no {CONFIG}", hint)
-    return _json(file, asked)
-
-
-def _json(file: Path, asked: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise LoadError(asked, f"{file.name} cannot be read ({error})", "get the file again") from error
-    if not isinstance(value, dict):
-        raise LoadError(asked, f"{file.name} holds a {type(value).__name__}, not settings", "get the file again")
-    return value
+    return settings_in(file, asked)
 
 
 def _config(source: Source, settings: Mapping[str, Any]) -> Any:

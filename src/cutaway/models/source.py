@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cutaway.core.errors import LoadError, WeightsError, nearest
 from cutaway.models.upstream import reason
@@ -65,6 +66,21 @@ def specimen_or_folder(text: str) -> bool:
     from cutaway import specimens
 
     return text in specimens.names() or Path(text).expanduser().is_dir()
+
+
+def settings_in(file: Path, asked: str) -> Mapping[str, Any]:
+    """What a JSON file of settings says.
+
+    Raises:
+        LoadError: it cannot be read, or holds something else than settings.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise LoadError(asked, f"{file.name} cannot be read ({error})", "get the file again") from error
+    if not isinstance(value, dict):
+        raise LoadError(asked, f"{file.name} holds a {type(value).__name__}, not settings", "get the file again")
+    return value
 
 
 def weight_files(source: Source, trust_pickle: bool) -> list[Path]:
